@@ -1,0 +1,1 @@
+"""Reading checkpoints safely: never by an unrestricted unpickler, and without importing torch."""

@@ -1,0 +1,159 @@
+"""What a Megatron checkpoint contains, from its index alone: tensor shapes and optimizer layout.
+
+The index of a `torch_dist` checkpoint (`.metadata`) is a pickle. It is read by an unpickler that knows
+the handful of names such an index consists of, turns each into plain data, and refuses any other.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_fp8_ext.errors import UserError
+
+OptimizerLayout = Literal["none", "plain", "whole buffers", "by parameter", "unknown"]
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """A checkpoint's contents.
+
+    Attributes:
+        path: folder of the iteration.
+        iteration: its number; 0 for a release checkpoint.
+        shapes: global shape of each model tensor, by name; empty where the format hides them.
+        optimizer: how the optimizer state is stored. `whole buffers` is the distributed optimizer's
+            default (`dp_reshardable`), bound to the dtypes of the run; `by parameter` its fully
+            reshardable form; `plain` the optimizer without distribution.
+        fp8_params: whether the buffers were those of FP8 weights.
+    """
+
+    path: Path
+    iteration: int
+    shapes: dict[str, tuple[int, ...]]
+    optimizer: OptimizerLayout
+    fp8_params: bool = False
+
+
+class _Record:
+    """Stand-in for any class of the index: holds its state as attributes, runs nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class _Size(tuple[int, ...]):
+    """Stand-in for torch.Size."""
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+_MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.planner",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
+_TORCH_DTYPE = re.compile(r"(bfloat|float|int|uint|bool|complex)\d*(_e\d+m\d+\w*)?")
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module in _MODULES and re.fullmatch(r"_?[A-Za-z.]+", name):
+            return _Record
+        if (module, name) == ("torch", "Size"):
+            return _Size
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return _nothing
+        if module == "torch" and _TORCH_DTYPE.fullmatch(name):
+            return name
+        if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
+            return dict
+        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "Path"):
+            return _Record
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint index")
+
+
+def find(load: str, step: str | None = None) -> CheckpointLayout | None:
+    """Return the layout of what Megatron would load from `--load LOAD [--ckpt-step STEP]`.
+
+    Returns None where there is no checkpoint yet (Megatron then starts from scratch).
+
+    Raises:
+        UserError: the folder names a checkpoint that is not there or cannot be read.
+    """
+    root = Path(load)
+    tracker = root / _TRACKER
+    if step is None and not tracker.is_file():
+        return None
+    try:
+        latest = step if step is not None else tracker.read_text().strip()
+    except OSError as error:
+        raise UserError(f"--load {load}: cannot read {_TRACKER}: {error}") from error
+    if latest == "release":
+        folder, iteration = root / "release", 0
+    elif latest.isdigit():
+        iteration = int(latest)
+        folder = root / f"iter_{iteration:07d}"
+    else:
+        raise UserError(
+            f"--load {load}: {_TRACKER} says '{latest}', neither a number nor 'release'"
+        )
+    if not folder.is_dir():
+        raise UserError(
+            f"--load {load}: {_TRACKER if step is None else '--ckpt-step'} names iteration "
+            f"{latest}, but {folder.name} is not there; give a --ckpt-step that is"
+        )
+    return read(folder, iteration)
+
+
+def read(folder: Path, iteration: int) -> CheckpointLayout:
+    """Return the layout of one iteration's folder.
+
+    Raises:
+        UserError: the index is damaged, or holds something an index never holds.
+    """
+    index = folder / ".metadata"
+    if not index.is_file():
+        return CheckpointLayout(folder, iteration, {}, "unknown")
+    try:
+        with index.open("rb") as file:
+            entries = _IndexUnpickler(file).load().state_dict_metadata
+        shapes = {
+            name: tuple(int(n) for n in entry.size)
+            for name, entry in entries.items()
+            if hasattr(entry, "size")
+        }
+    except Exception as error:  # a damaged pickle fails in any way
+        raise UserError(f"checkpoint index {index} cannot be read: {error}") from error
+    optimizer: OptimizerLayout = "none"
+    names = [name for name in entries if "optimizer." in name]
+    buffers = [name for name in names if ".gbuf_idx_" in name]
+    if buffers:
+        optimizer = "whole buffers"
+    elif any(name.startswith("optimizer.state.fp32_param.") for name in names):
+        optimizer = "plain"
+    elif any(name.startswith("optimizer.state.param.") for name in names):
+        optimizer = "by parameter"
+    elif names:
+        optimizer = "unknown"
+    return CheckpointLayout(
+        path=folder,
+        iteration=iteration,
+        shapes={name: size for name, size in shapes.items() if not name.startswith("optimizer.")},
+        optimizer=optimizer,
+        fp8_params=any("dtype_(torch.uint8" in name for name in buffers),
+    )

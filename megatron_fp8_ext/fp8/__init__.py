@@ -1,0 +1,1 @@
+"""FP8 numerics in plain PyTorch: the specification, its error statistics, and the emulation."""

@@ -1,0 +1,112 @@
+"""The recipe without an FP8 GEMM: quantize, dequantize, multiply in FP32.
+
+The codes and the scales are those of the GPU path (`reference.py`), products of two E4M3 values
+are exact in FP32, and the GPU accumulates in FP32 too, so only the order of summation differs.
+Costs about twice the time of BF16 on a CPU; it exists so that the recipe runs, is tested and can be
+debugged where no Hopper GPU is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fp8_ext.fp8 import reference
+from megatron_fp8_ext.recipe import ScaleFormat
+
+# Casts done in this process, by operand and direction ("input rows", ...): the proof that a run
+# was quantized at all. Megatron's own path without TransformerEngine silently is not.
+quantizations: Counter[str] = Counter()
+
+_scale_format: ScaleFormat | None = None
+
+
+@contextlib.contextmanager
+def autocast(scale_format: ScaleFormat) -> Iterator[None]:
+    """Within it, the linear layers of the model compute with emulated FP8 GEMMs."""
+    global _scale_format
+    outer, _scale_format = _scale_format, scale_format
+    try:
+        yield
+    finally:
+        _scale_format = outer
+
+
+def active_scale_format() -> ScaleFormat | None:
+    """Return the scale format of the enclosing `autocast`, or None outside of one."""
+    return _scale_format
+
+
+class EmulatedLinear(torch.autograd.Function):
+    """y = x W^T + b with the three GEMMs of the recipe, tensor and sequence parallel.
+
+    The contract (arguments, collectives, gradients) is that of Megatron's
+    `linear_with_grad_accumulation_and_async_allreduce` (core/tensor_parallel/layers.py).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        group: Any,
+        scale_format: ScaleFormat,
+    ) -> Tensor:
+        """Return `[..., N]` in the dtype of `x` `[..., K]`; `weight` is `[N, K]`."""
+        total = _gather_sequence(x, group) if sequence_parallel else x
+        x_MK = total.reshape(-1, total.shape[-1])
+        x_q = reference.quantize_rows(x_MK, scale_format)
+        w_q = reference.quantize_weight(weight.detach(), scale_format)
+        quantizations.update(["input rows", "weight"])
+        y_MN = x_q.dequantize() @ w_q.dequantize().t()
+        if bias is not None:
+            y_MN = y_MN + bias.to(torch.float32)
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        ctx.allreduce_dgrad, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
+        ctx.group, ctx.scale_format = group, scale_format
+        return y_MN.to(x.dtype).reshape(*total.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Return the gradients of input, weight and bias, reduced as Megatron expects."""
+        x, weight = ctx.saved_tensors
+        total = _gather_sequence(x, ctx.group) if ctx.sequence_parallel else x
+        x_MK = total.reshape(-1, total.shape[-1])
+        dy_MN = grad.reshape(-1, grad.shape[-1])
+
+        dy_q = reference.quantize_rows(dy_MN, ctx.scale_format)
+        w_q = reference.quantize_weight(weight.detach(), ctx.scale_format)
+        dx = (dy_q.dequantize() @ w_q.dequantize()).to(x.dtype).reshape(total.shape)
+        if ctx.allreduce_dgrad:
+            dist.all_reduce(dx, group=ctx.group)
+        if ctx.sequence_parallel:
+            dx = _reduce_scatter_sequence(dx, ctx.group)
+
+        dy_t = reference.quantize_columns(dy_MN, ctx.scale_format)
+        x_t = reference.quantize_columns(x_MK, ctx.scale_format)
+        dw = (dy_t.dequantize() @ x_t.dequantize().t()).to(weight.dtype)
+        quantizations.update(["grad rows", "weight", "grad columns", "input columns"])
+        db = dy_MN.sum(dim=0) if ctx.has_bias else None
+        return dx, dw, db, None, None, None, None
+
+
+def _gather_sequence(x: Tensor, group: Any) -> Tensor:
+    out = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _reduce_scatter_sequence(x: Tensor, group: Any) -> Tensor:
+    """Sum over the group and keep our slice of dim 0 (gloo has no reduce-scatter of its own)."""
+    dist.all_reduce(x, group=group)
+    return x.chunk(group.size(), dim=0)[dist.get_rank(group)].contiguous()

@@ -1,0 +1,12 @@
+"""The Megatron seam: the only folder that imports megatron or transformer_engine.
+
+import_hook   the doors' common end: runs our patches right after Megatron's modules are imported
+parser        wraps `add_megatron_arguments`, so that every Megatron parser knows our flags
+flags         expand(argv, facts) -> native flags, environment, notes; pure, and the dry run
+refusals      which flags cannot go with FP8, and why
+compat        versions and devices: the only file that knows them
+patches       every upstream symbol we touch, with its reason and when to delete it
+precision     which precision a layer really computes in: emulated, or checked TransformerEngine
+cpu, cpu_torch  training without a GPU
+pretrain_gpt  an entry script for the megatron-core wheel, which ships none
+"""

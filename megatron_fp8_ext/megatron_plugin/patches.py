@@ -1,0 +1,191 @@
+"""Every upstream symbol this package replaces: where, why, for which versions, until when.
+
+`megatron-fp8 doctor` prints this table, and a run names those it used. A patch is applied right after its
+module is first imported, once per process, and only in runs that need it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+from megatron_fp8_ext.megatron_plugin import flags, import_hook, run
+
+When = Literal["always", "emulation", "cpu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """One replaced upstream symbol.
+
+    Attributes:
+        module: module whose import triggers the patch.
+        symbol: what is replaced in it.
+        reason: why, in a clause.
+        versions: Megatron versions it was tried with.
+        delete_when: what has to happen upstream.
+        when: in which runs it applies.
+        apply: called with the module.
+    """
+
+    module: str
+    symbol: str
+    reason: str
+    versions: str
+    delete_when: str
+    when: When
+    apply: Callable[[ModuleType], None]
+
+
+def _parser(module: ModuleType) -> None:
+    from megatron_fp8_ext.megatron_plugin import parser
+
+    parser.wrap_add_megatron_arguments(module)
+
+
+def _precision(name: str) -> Callable[[ModuleType], None]:
+    def apply(module: ModuleType) -> None:
+        from megatron_fp8_ext.megatron_plugin import precision
+
+        getattr(precision, name)(module)
+
+    return apply
+
+
+def _cpu(name: str) -> Callable[[ModuleType], None]:
+    def apply(module: ModuleType) -> None:
+        from megatron_fp8_ext.megatron_plugin import cpu
+
+        getattr(cpu, name)(module)
+
+    return apply
+
+
+def _skip_missing_makefile(module: ModuleType) -> None:
+    """`compile_helpers` is needed in a checkout, and can only fail in a wheel, which is compiled."""
+    original = module.compile_helpers
+
+    def compile_helpers() -> None:
+        here = os.path.dirname(os.path.abspath(str(module.__file__)))
+        if os.path.exists(os.path.join(here, "Makefile")):
+            original()
+
+    module.compile_helpers = compile_helpers  # type: ignore[attr-defined]
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        module="megatron.training.arguments",
+        symbol="add_megatron_arguments",
+        reason="no official way adds a name to --fp8-recipe under an unmodified pretrain_gpt.py",
+        versions="0.14-0.19",
+        delete_when="Megatron reads an entry-point group",
+        when="always",
+        apply=_parser,
+    ),
+    Patch(
+        module="megatron.core.fp8_utils",
+        symbol="get_fp8_context, get_fp8_recipe",
+        reason="pins the scale format; without TransformerEngine the context is silently empty",
+        versions="0.14-0.19",
+        delete_when="Float8BlockScaling takes the scale format as an argument in Megatron",
+        when="always",
+        apply=_precision("fp8_context"),
+    ),
+    Patch(
+        module="megatron.core.datasets.utils",
+        symbol="compile_helpers",
+        reason="runs make in a wheel that ships no Makefile (but the compiled helpers) and exits",
+        versions="0.17-0.19",
+        delete_when="the wheel ships its Makefile, or checks for the compiled module",
+        when="always",
+        apply=_skip_missing_makefile,
+    ),
+    Patch(
+        module="megatron.core.tensor_parallel.layers",
+        symbol="linear_with_grad_accumulation_and_async_allreduce",
+        reason="computes the layers inside the FP8 context by emulation",
+        versions="0.14-0.19",
+        delete_when="never: there is no FP8 GEMM on a CPU",
+        when="emulation",
+        apply=_precision("emulated_linear"),
+    ),
+    Patch(
+        module="megatron.training.initialize",
+        symbol="initialize_megatron",
+        reason="sets Megatron's own allow_no_cuda, which pretrain() never passes",
+        versions="0.17-0.19",
+        delete_when="pretrain() passes it",
+        when="cpu",
+        apply=_cpu("allow_no_cuda"),
+    ),
+    Patch(
+        module="megatron.core.tensor_parallel.random",
+        symbol="_get_cuda_rng_state, _set_cuda_rng_state",
+        reason="the random-state tracker works on the CPU generator",
+        versions="0.14-0.19",
+        delete_when="Megatron trains without CUDA",
+        when="cpu",
+        apply=_cpu("rng_tracker_on_cpu"),
+    ),
+    Patch(
+        module="megatron.core.transformer.torch_norm",
+        symbol="WrappedTorchNorm",
+        reason="torch's norm under sequence parallel, marked for gradient reduction",
+        versions="0.14-0.19",
+        delete_when="the local norm sets parameter.sequence_parallel itself",
+        when="cpu",
+        apply=_cpu("norm_under_sequence_parallel"),
+    ),
+    Patch(
+        module="megatron.core.optimizer",
+        symbol="Adam",
+        reason="torch's AdamW keeps `step` where Megatron's distributed optimizer cannot resume it",
+        versions="0.14-0.19",
+        delete_when="DistributedOptimizer resumes torch.optim.AdamW",
+        when="cpu",
+        apply=_cpu("adam_in_optimizer"),
+    ),
+    Patch(
+        module="megatron.core.optimizer.distrib_optimizer",
+        symbol="Adam, HAVE_APEX_OR_TE, USING_APEX_OPTIMIZER",
+        reason="the same",
+        versions="0.14-0.19",
+        delete_when="the same",
+        when="cpu",
+        apply=_cpu("adam_in_distributed_optimizer"),
+    ),
+)
+
+
+def register() -> None:
+    """Arrange the patches this process needs. Called just before Megatron is first imported."""
+    import torch
+
+    asked = flags.requested(sys.argv[1:], os.environ) is not None
+    on_cpu = (asked or run.current.wants_cpu) and not torch.cuda.is_available()
+    if on_cpu:
+        from megatron_fp8_ext.megatron_plugin import cpu, cpu_torch
+
+        cpu.hide_transformer_engine()
+        cpu_torch.enable()
+        # Megatron asserts it for tensor parallelism; it means nothing without a GPU.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    run.current.on_cpu = on_cpu
+    emulation = on_cpu or flags.EMULATE in sys.argv
+    active: dict[When, bool] = {"always": True, "emulation": emulation, "cpu": on_cpu}
+    for patch in PATCHES:
+        if active[patch.when]:
+            import_hook.after_import(patch.module, _applier(patch))
+
+
+def _applier(patch: Patch) -> Callable[[ModuleType], None]:
+    def apply(module: ModuleType) -> None:
+        patch.apply(module)
+        run.current.patches.append(f"{patch.module.removeprefix('megatron.')}.{patch.symbol}")
+
+    return apply

@@ -1,0 +1,52 @@
+"""What this process's run became: one value, set once when Megatron's arguments are parsed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+
+from megatron_fp8_ext.recipe import FP8Recipe
+
+
+@dataclass
+class Run:
+    """State of this process.
+
+    Attributes:
+        recipe: the FP8 recipe; None before parsing and in runs that ask for none of ours.
+        emulated: whether its GEMMs are emulated.
+        on_cpu: whether Megatron runs without a GPU.
+        patches: names of the upstream symbols replaced so far.
+        wants_cpu: an entry script of ours runs, which trains without a GPU even in BF16.
+    """
+
+    recipe: FP8Recipe | None = None
+    emulated: bool = False
+    on_cpu: bool = False
+    patches: list[str] = field(default_factory=list)
+    wants_cpu: bool = False
+
+
+current = Run()
+
+
+def rank() -> int:
+    """Return this process's global rank (0 outside of a launcher)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(message: str) -> None:
+    """Print one line on rank 0."""
+    if rank() == 0:
+        print(f"megatron_fp8_ext: {message}", flush=True)
+
+
+def stop(error: Exception) -> SystemExit:
+    """Print the error as one line on standard error and return the exit to raise (code 2).
+
+    Every rank meets the same error, so rank 0 alone prints it.
+    """
+    if rank() == 0:
+        print(f"megatron_fp8_ext: error: {error}", file=sys.stderr, flush=True)
+    return SystemExit(2)
