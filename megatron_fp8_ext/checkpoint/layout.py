@@ -72,7 +72,7 @@ _TORCH_DTYPE = re.compile(r"(bfloat|float|int|uint|bool|complex)\d*(_e\d+m\d+\w*
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module in _MODULES and re.fullmatch(r"_?[A-Za-z.]+", name):
+        if module in _MODULES and re.fullmatch(r"[A-Za-z_.]+", name):
             return _Record
         if (module, name) == ("torch", "Size"):
             return _Size

@@ -70,7 +70,8 @@ class EmulatedLinear(torch.autograd.Function):
         y_MN = x_q.dequantize() @ w_q.dequantize().t()
         if bias is not None:
             y_MN = y_MN + bias.to(torch.float32)
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, w_q.codes, w_q.scale_inv)
+        ctx.weight_dtype = weight.dtype
         ctx.has_bias = bias is not None
         ctx.allreduce_dgrad, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
         ctx.group, ctx.scale_format = group, scale_format
@@ -79,13 +80,13 @@ class EmulatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Return the gradients of input, weight and bias, reduced as Megatron expects."""
-        x, weight = ctx.saved_tensors
+        x, w_codes, w_scale_inv = ctx.saved_tensors
         total = _gather_sequence(x, ctx.group) if ctx.sequence_parallel else x
         x_MK = total.reshape(-1, total.shape[-1])
         dy_MN = grad.reshape(-1, grad.shape[-1])
 
         dy_q = reference.quantize_rows(dy_MN, ctx.scale_format)
-        w_q = reference.quantize_weight(weight.detach(), ctx.scale_format)
+        w_q = reference.Quantized(w_codes, w_scale_inv, (reference.BLOCK, reference.BLOCK))
         dx = (dy_q.dequantize() @ w_q.dequantize()).to(x.dtype).reshape(total.shape)
         if ctx.allreduce_dgrad:
             dist.all_reduce(dx, group=ctx.group)
@@ -94,8 +95,8 @@ class EmulatedLinear(torch.autograd.Function):
 
         dy_t = reference.quantize_columns(dy_MN, ctx.scale_format)
         x_t = reference.quantize_columns(x_MK, ctx.scale_format)
-        dw = (dy_t.dequantize() @ x_t.dequantize().t()).to(weight.dtype)
-        quantizations.update(["grad rows", "weight", "grad columns", "input columns"])
+        dw = (dy_t.dequantize() @ x_t.dequantize().t()).to(ctx.weight_dtype)
+        quantizations.update(["grad rows", "grad columns", "input columns"])
         db = dy_MN.sum(dim=0) if ctx.has_bias else None
         return dx, dw, db, None, None, None, None
 

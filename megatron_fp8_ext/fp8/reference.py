@@ -49,9 +49,19 @@ class Quantized(NamedTuple):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return `[M, K]` of `dtype`; exact in BF16 where the scales are powers of two."""
         rows, cols = self.codes.shape
-        grid = self.scale_inv.repeat_interleave(self.block[0], 0)[:rows]
-        grid = grid.repeat_interleave(self.block[1], 1)[:, :cols]
-        return (self.codes.to(torch.float32) * grid).to(dtype)
+        block_m, block_k = self.block
+        grid_m, grid_k = self.scale_inv.shape
+        values = self.codes.to(torch.float32)
+        values = _pad(values, grid_m * block_m, grid_k * block_k)
+        values = values.view(grid_m, block_m, grid_k, block_k) * self.scale_inv[:, None, :, None]
+        return values.view(grid_m * block_m, grid_k * block_k)[:rows, :cols].to(dtype)
+
+
+def _pad(x: Tensor, rows: int, cols: int) -> Tensor:
+    """Pad with zeros, which never change a block's amax."""
+    if tuple(x.shape) == (rows, cols):
+        return x.contiguous()
+    return torch.nn.functional.pad(x, (0, cols - x.shape[1], 0, rows - x.shape[0]))
 
 
 def scale_from_amax(amax: Tensor, scale_format: ScaleFormat) -> Tensor:
@@ -83,13 +93,12 @@ def quantize(x_MK: Tensor, block: tuple[int, int], scale_format: ScaleFormat) ->
     rows, cols = x_MK.shape
     block_m, block_k = block
     grid_m, grid_k = -(-rows // block_m), -(-cols // block_k)
-    x = x_MK.to(torch.float32)
-    # Padding with zeros never changes a block's amax.
-    x = torch.nn.functional.pad(x, (0, grid_k * block_k - cols, 0, grid_m * block_m - rows))
+    x = _pad(x_MK.to(torch.float32), grid_m * block_m, grid_k * block_k)
     x = x.view(grid_m, block_m, grid_k, block_k)
     # CUDA's fmaxf drops NaN, so a NaN does not take its neighbours' scale with it.
-    magnitude = torch.where(torch.isnan(x), torch.zeros_like(x), x.abs())
-    amax = magnitude.amax(dim=(1, 3))
+    amax = x.abs().amax(dim=(1, 3))
+    if torch.isnan(amax).any():
+        amax = torch.nan_to_num(x.abs(), nan=0.0, posinf=torch.inf).amax(dim=(1, 3))
     scale = scale_from_amax(amax, scale_format)
     codes = _to_e4m3(x * scale[:, None, :, None])
     codes = codes.view(grid_m * block_m, grid_k * block_k)[:rows, :cols].contiguous()
@@ -99,9 +108,9 @@ def quantize(x_MK: Tensor, block: tuple[int, int], scale_format: ScaleFormat) ->
 def _to_e4m3(scaled: Tensor) -> Tensor:
     """Saturating round-to-nearest-even cast; NaN becomes the positive NaN code, as on the GPU."""
     codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    if torch.isnan(scaled).any():
-        bits = codes.view(torch.uint8).masked_fill(torch.isnan(scaled), _E4M3_NAN)
-        codes = bits.view(torch.float8_e4m3fn)
+    nan = torch.isnan(scaled)
+    if nan.any():
+        codes = codes.view(torch.uint8).masked_fill(nan, _E4M3_NAN).view(torch.float8_e4m3fn)
     return codes
 
 

@@ -1,0 +1,173 @@
+"""Console script `megatron-fp8`. Help, `list`, `show` and `expand` import neither torch nor Megatron."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_fp8_ext import __version__, registry
+from megatron_fp8_ext.errors import UserError, unknown_name
+
+app = typer.Typer(
+    help="FP8 training for Megatron-LM: add --fp8-recipe infir2 to the command you already have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Prepare training data.", no_args_is_help=True)
+app.add_typer(data, name="data")
+_out = Console()
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help="recipe, schedule, loss or packer")] = None,
+) -> None:
+    """Recipes, schedules, losses and packers found through entry points."""
+    if kind is not None:
+        kind = kind.removesuffix("s").removesuffix("e") if kind == "losses" else kind.rstrip("s")
+        kind = "loss" if kind in ("lo", "los", "loss") else kind
+        if kind not in registry.GROUPS:
+            raise unknown_name("kind", kind, registry.GROUPS)
+    table = Table("kind", "name", "package", "what it is", box=None)
+    for each in [kind] if kind else registry.GROUPS:
+        for provider in registry.providers(each):
+            found = provider.load()
+            what = getattr(found, "summary", None) or (found.__doc__ or "").split("\n")[0]
+            table.add_row(each, provider.name, provider.distribution, what)
+    _out.print(table)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="a recipe, such as infir2")]) -> None:
+    """Everything a recipe says, and the Megatron flags it becomes."""
+    from megatron_fp8_ext.megatron_plugin import flags
+    from megatron_fp8_ext.recipe import get_recipe
+
+    recipe = get_recipe(name)
+    table = Table(box=None, show_header=False)
+    table.add_row("recipe", recipe.name)
+    table.add_row("what", recipe.summary)
+    for operand in ("input", "weight", "grad_output"):
+        table.add_row(operand, str(getattr(recipe, operand) or "bf16"))
+    if recipe.is_fp8:
+        table.add_row("scales", recipe.scale_format)
+        table.add_row("GEMMs in FP8", "fprop, dgrad, wgrad (FP32 accumulation)")
+        table.add_row("weights", "kept in FP8" if recipe.param_gather else "kept in BF16")
+    table.add_row("optimizer", "FP32 main weights and moments")
+    table.add_row("in BF16", ", ".join(recipe.high_precision))
+    table.add_row("source", recipe.source)
+    for variable, value in recipe.environment.items():
+        table.add_row("environment", f"{variable}={value}")
+    command = ["--bf16", "--use-distributed-optimizer", "--save", "DIR"]
+    facts = flags.Facts(options=frozenset({flags.RESHARDABLE}))
+    native = flags.expand([*command, flags.RECIPE, name], facts).argv[len(command) :]
+    table.add_row("Megatron flags", " ".join(native) or "none")
+    _out.print(table)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def expand(context: typer.Context) -> None:
+    """Print what Megatron will be given for FLAGS (after `--`): the dry run.
+
+    Assumes a Hopper GPU with TransformerEngine; reads --load to see what the checkpoint allows.
+    """
+    from megatron_fp8_ext.checkpoint import layout
+    from megatron_fp8_ext.megatron_plugin import arguments, flags
+
+    argv = [token for token in context.args if token != "--"]
+    load = arguments.value(argv, "--load")
+    facts = flags.Facts(
+        options=frozenset({flags.RESHARDABLE}),
+        environ=os.environ,
+        checkpoint=layout.find(load, arguments.value(argv, "--ckpt-step")) if load else None,
+    )
+    result = flags.expand(argv, facts)
+    for note in result.notes:
+        print(f"# {note}")
+    for name, value in result.env.items():
+        print(f"export {name}={value}")
+    print(" ".join(result.argv))
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, which seams apply, what conflicts, and how to mend it (exit 1 if broken)."""
+    from megatron_fp8_ext import doctor as checks
+    from megatron_fp8_ext.megatron_plugin.patches import PATCHES
+
+    findings = checks.examine()
+    table = Table("", "what", "found", "mend", box=None)
+    style = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fail": "[red]FAIL[/]"}
+    for finding in findings:
+        table.add_row(style[finding.level], finding.subject, finding.found, finding.mend)
+    _out.print(table)
+    seams = Table("seam", "applies", "why", "delete when", box=None, title="Seams in Megatron")
+    for patch in PATCHES:
+        place = f"{patch.module.removeprefix('megatron.')}: {patch.symbol}"
+        seams.add_row(place, f"{patch.when}, {patch.versions}", patch.reason, patch.delete_when)
+    _out.print(seams)
+    if any(finding.level == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+@data.command()
+def tokenize(
+    inputs: Annotated[list[Path], typer.Argument(help="JSONL files, one document a line")],
+    tokenizer: Annotated[str, typer.Option(help="folder with tokenizer.json, or a .gguf file")],
+    output: Annotated[Path, typer.Option(help="prefix of the .bin and .idx files")],
+    key: Annotated[str, typer.Option(help="field that holds the text")] = "text",
+) -> None:
+    """Write the .bin and .idx files that Megatron's --data-path reads."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from megatron_fp8_ext.megatron_plugin import corpus
+
+    total = sum(path.stat().st_size for path in inputs if path.is_file())
+    columns = (TextColumn("tokenizing"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+        documents = (text for path in inputs for text in corpus.documents_in(path, key))
+        written = corpus.write_indexed(
+            documents, tokenizer, output, lambda size: bar.advance(task, size)
+        )
+    print(f"{output}.bin, {output}.idx: {written.documents} documents, {written.tokens} tokens")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="folder for corpus, logs, checkpoints, page")] = Path(
+        "runs/demo"
+    ),
+    iterations: Annotated[int, typer.Option(help="iterations of each of the two runs")] = 240,
+) -> None:
+    """Train a small GPT on real text in BF16 and in infir2, from the same start, and compare."""
+    from megatron_fp8_ext.demo import run
+
+    run.main(output, iterations)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a UserError is one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"megatron-fp8: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`megatron-fp8 demo`: BF16 and infir2 from the same start, on real text, on any machine."""

@@ -1,0 +1,108 @@
+"""Load a tokenizer from local files: a Hugging Face folder or tokenizer.json, or a GGUF model file.
+
+Nothing is downloaded. Needs the extra `data` (packages tokenizers, gguf).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_fp8_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_CONTROL = 3  # token type of special tokens, GGUF specification
+
+
+def load(path: str | Path) -> tuple[Tokenizer, int]:
+    """Return the tokenizer and the id of its end-of-document token.
+
+    Args:
+        path: a folder with tokenizer.json, such a file, or a .gguf file with a byte-level BPE.
+
+    Raises:
+        UserError: nothing there, an unreadable file, or no end-of-document token.
+    """
+    source = Path(path)
+    file = source / "tokenizer.json" if source.is_dir() else source
+    if not file.is_file():
+        raise UserError(
+            f"--tokenizer {path}: no {file.name} there; give a folder with tokenizer.json, or a .gguf"
+        )
+    try:
+        tokenizer = _from_gguf(file) if file.suffix == ".gguf" else _from_json(file)
+    except ImportError as error:
+        raise UserError(
+            f"--tokenizer {path} needs the package {error.name}: pip install "
+            '"megatron-fp8-ext[data]"'
+        ) from error
+    for name in ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>"):
+        end: int | None = tokenizer.token_to_id(name)
+        if end is not None:
+            return tokenizer, end
+    raise UserError(f"--tokenizer {path}: no end-of-document token such as <|endoftext|> in it")
+
+
+def _from_json(file: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises its own bare Exception
+        raise UserError(f"--tokenizer {file}: not a tokenizer.json: {error}") from error
+
+
+def _from_gguf(file: Path) -> Tokenizer:
+    """Rebuild a GPT-2 style byte-level BPE from the vocabulary and merges in a GGUF file."""
+    import gguf
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    fields = gguf.GGUFReader(file).fields
+    kind = _text(fields, "tokenizer.ggml.model")
+    split = _text(fields, "tokenizer.ggml.pre")
+    pre_tokenizer: Any
+    if kind == "gpt2" and split == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        pre_tokenizer = pre_tokenizers.Sequence(
+            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif kind == "gpt2" and split == "qwen2":
+        pattern = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        words = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        pre_tokenizer = pre_tokenizers.Sequence(
+            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    else:
+        raise UserError(
+            f"--tokenizer {file}: its tokenizer is {kind}/{split}; only byte-level BPE of the kinds "
+            "smollm and qwen2 is rebuilt from GGUF; give the model's tokenizer.json"
+        )
+    tokens = _texts(fields, "tokenizer.ggml.tokens")
+    merges = [tuple(line.split(" ", 1)) for line in _texts(fields, "tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    types = fields["tokenizer.ggml.token_type"]
+    special = [
+        token
+        for token, index in zip(tokens, types.data, strict=True)
+        if int(types.parts[index][0]) == _CONTROL
+    ]
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _texts(fields: Any, key: str) -> list[str]:
+    field = fields[key]
+    return [bytes(field.parts[index]).decode("utf-8") for index in field.data]
+
+
+def _text(fields: Any, key: str) -> str:
+    return _texts(fields, key)[0] if key in fields else "unknown"

@@ -1,0 +1,59 @@
+"""Read Megatron's own log lines: the record that every version prints and nobody has to switch on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+_ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|")
+_FIELD = re.compile(r"([A-Za-z][A-Za-z /()_-]*?):?\s*:\s*([-+.\dEeinfa]+) \|")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iteration:
+    """One logged iteration.
+
+    Attributes:
+        number: iteration, from 1.
+        total: `--train-iters`.
+        loss: LM loss, the mean of the interval; None where all of its steps were skipped. Megatron
+            prints, as the second iteration's loss after any start, the mean of the first two.
+        learning_rate: of this iteration.
+        milliseconds: mean time of an iteration of the interval.
+        grad_norm: global gradient norm; None where not printed.
+    """
+
+    number: int
+    total: int
+    loss: float | None
+    learning_rate: float
+    milliseconds: float
+    grad_norm: float | None
+
+
+def parse_line(line: str) -> Iteration | None:
+    """Return the iteration a line logs, or None for any other line."""
+    match = _ITERATION.search(line)
+    if match is None:
+        return None
+    fields = {name.strip(): value for name, value in _FIELD.findall(line[match.end() :])}
+    if "learning rate" not in fields:
+        return None
+    loss, norm = fields.get("lm loss"), fields.get("grad norm")
+    return Iteration(
+        number=int(match.group(1)),
+        total=int(match.group(2)),
+        loss=None if loss is None else float(loss),
+        learning_rate=float(fields["learning rate"]),
+        milliseconds=float(fields.get("elapsed time per iteration (ms)", "nan")),
+        grad_norm=None if norm is None else float(norm),
+    )
+
+
+def parse(lines: Iterable[str]) -> Iterator[Iteration]:
+    """Yield the logged iterations among `lines`."""
+    for line in lines:
+        found = parse_line(line)
+        if found is not None:
+            yield found

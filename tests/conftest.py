@@ -1,0 +1,133 @@
+"""Shared fixtures. Real Megatron, real text; every training run is a subprocess, as a user starts it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_fp8_ext import training_log
+from megatron_fp8_ext.training_log import Iteration
+
+ROOT = Path(__file__).resolve().parent.parent
+ENTRY = ROOT / "entrypoints" / "pretrain_gpt.py"
+EXAMPLE_PACKAGE = ROOT / "tests" / "example_package"
+
+# Qwen2.5-shaped, tiny; the vocabulary is bytes, so that real text needs no tokenizer.
+MODEL = (
+    "--num-layers 2 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 "
+    "--group-query-attention --num-query-groups 2 --add-qkv-bias --disable-bias-linear --swiglu "
+    "--normalization RMSNorm --position-embedding-type rope --attention-dropout 0 "
+    "--hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 256 "
+    "--seq-length 128 --max-position-embeddings 128"
+).split()
+TRAINING = (
+    "--bf16 --micro-batch-size 2 --global-batch-size 4 --train-iters 8 --lr 1e-3 --min-lr 1e-5 "
+    "--lr-decay-style WSD --lr-wsd-decay-style cosine --lr-wsd-decay-iters 4 --lr-warmup-iters 2 "
+    "--split 98,2,0 --eval-iters 0 --eval-interval 1000000 --log-interval 1 --save-interval 1000 "
+    "--seed 1236"
+).split()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training command printed."""
+
+    code: int
+    output: str
+    iterations: list[Iteration]
+
+    @property
+    def losses(self) -> dict[int, float | None]:
+        return {i.number: i.loss for i in self.iterations}
+
+    @property
+    def casts(self) -> dict[str, int]:
+        """Emulated casts of rank 0, by operand."""
+        line = re.search(r"emulated casts on rank 0: (.*)", self.output)
+        found = re.findall(r"([a-z ]+?) (\d+)(?:, |$)", line.group(1)) if line else []
+        return {name: int(count) for name, count in found}
+
+    @property
+    def said(self) -> list[str]:
+        """Our own lines."""
+        return [x for x in self.output.splitlines() if x.startswith("megatron_fp8_ext:")]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(argv: list[str], timeout: int = 400, **env: str) -> Outcome:
+    """Run a command with a clean environment of our variables, and parse its log."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MEGATRON_FP8", "NVTE_"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        clean.pop(name, None)
+    clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+    done = subprocess.run(
+        argv, capture_output=True, text=True, errors="replace", timeout=timeout, env=clean, cwd="/"
+    )
+    output = done.stdout + done.stderr
+    return Outcome(done.returncode, output, list(training_log.parse(done.stdout.splitlines())))
+
+
+def _need_megatron() -> None:
+    if not importlib.util.find_spec("torch") or not importlib.util.find_spec("megatron"):
+        pytest.skip("needs torch and megatron-core")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CPython's help texts as a Megatron corpus of bytes."""
+    _need_megatron()
+    prefix = tmp_path_factory.mktemp("corpus") / "text"
+    code = (
+        "import torch; from pydoc_data import topics\n"
+        "from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder as B\n"
+        f"import numpy; b = B({str(prefix) + '.bin'!r}, dtype=numpy.uint16)\n"
+        "for _, t in sorted(topics.topics.items()):\n"
+        "    x = torch.tensor([*t.encode(), 256]); b.add_document(x, [len(x)])\n"
+        f"b.finalize({str(prefix) + '.idx'!r})"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def train(corpus: Path):
+    """Train the tiny model; extra flags are appended, so they win over the defaults."""
+
+    def start(*flags: str, processes: int = 1, script: Path = ENTRY, ok: bool = True, **env: str):
+        data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += [
+                "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+                "--master-port", str(free_port()),
+            ]  # fmt: skip
+        outcome = run([*launcher, str(script), *MODEL, *TRAINING, *data, *flags], **env)
+        if ok:
+            assert outcome.code == 0, outcome.output[-6000:]
+        return outcome
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def infir2_run(train):
+    """One emulated run without any extra flag; several tests look at it."""
+    return train("--use-distributed-optimizer", "--fp8-recipe", "infir2")
+
+
+@pytest.fixture(scope="session")
+def bf16_run(train):
+    return train("--use-distributed-optimizer", "--fp8-recipe", "bf16")

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_fp8_ext import doctor
+from megatron_fp8_ext.megatron_plugin import compat
+
+
+@pytest.mark.parametrize(
+    ("engine", "capability", "cuda", "words"),
+    [
+        ("2.20.2", (9, 0), (12, 9), None),
+        ("2.20.2", (9, 0), (13, 0), None),
+        ("2.20.2", (10, 0), (13, 0), None),
+        ("2.20.2", (8, 0), (13, 0), "compute capability 8.0"),
+        ("2.20.2", (9, 0), (12, 6), "CUDA 12.6, and block scaling needs 12.9"),
+        (None, (9, 0), (12, 9), "TransformerEngine is not installed"),
+        ("2.2.1", (9, 0), (12, 9), "TransformerEngine 2.2.1 has no block scaling"),
+        ("2.20.2", None, None, "no GPU"),
+    ],
+)
+def test_fp8_gap(engine, capability, cuda, words):
+    gap = compat.fp8_gap(engine, capability, cuda)
+    assert gap is None if words is None else words in gap
+
+
+def package(tmp_path, name, *folders):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").touch()
+    for folder in folders:
+        (tmp_path / name / folder).mkdir()
+
+
+@pytest.mark.parametrize("name", ["slime", "apex"])
+def test_namesakes_on_pypi_fail_with_a_mend(tmp_path, monkeypatch, name):
+    package(tmp_path, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (finding,) = [f for f in doctor._name_conflicts() if f.subject == name]
+    assert finding.level == "fail" and f"pip uninstall {name}" in finding.mend
+
+
+def test_the_real_ones_are_fine(tmp_path, monkeypatch):
+    package(tmp_path, "slime", "backends")
+    package(tmp_path, "apex", "optimizers")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert [f.level for f in doctor._name_conflicts()] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1"), ("NVTE_BACKWARD_OVERRIDE", "dequantized")],
+)
+def test_te_variables_that_change_the_recipe_fail(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    (finding,) = [f for f in doctor._environment() if f.subject == name]
+    assert finding.level == "fail" and "unset it" in finding.mend
+
+
+def test_missing_torch_fails(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    findings = doctor.examine()
+    failed = {f.subject for f in findings if f.level == "fail"}
+    assert {"torch", "Megatron"} <= failed
+    assert all(f.mend for f in findings if f.level == "fail")

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from megatron_fp8_ext import training_log
+
+LINE = (
+    " [2026-01-01 02:23:23.994846] iteration       10/      40 | consumed samples:           40 | "
+    "elapsed time per iteration (ms): 112.4 | learning rate: 1.000000E-05 | global batch size:     4 "
+    "| lm loss: 5.404810E+00 | loss scale: 1.0 | grad norm: 1.783 | number of skipped iterations:   0 "
+    "| number of nan iterations:   0 |"
+)
+
+
+def test_megatrons_line():
+    assert training_log.parse_line(LINE) == training_log.Iteration(
+        number=10, total=40, loss=5.40481, learning_rate=1e-5, milliseconds=112.4, grad_norm=1.783
+    )
+
+
+def test_skipped_step_has_no_loss():
+    line = LINE.replace("lm loss: 5.404810E+00 | ", "")
+    assert training_log.parse_line(line).loss is None
+
+
+def test_other_lines():
+    assert list(training_log.parse(["", "iteration 3", LINE])) == [training_log.parse_line(LINE)]
