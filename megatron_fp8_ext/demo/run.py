@@ -36,8 +36,8 @@ MODEL = (
     "--init-method-std 0.02 --tokenizer-type NullTokenizer --vocab-size 49152"
 ).split()
 TRAINING = (
-    "--bf16 --use-distributed-optimizer --micro-batch-size 4 --global-batch-size 4 --lr 2e-3 "
-    "--min-lr 2e-5 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --split 98,2,0 "
+    "--bf16 --use-distributed-optimizer --micro-batch-size 4 --global-batch-size 4 --lr 1e-3 "
+    "--min-lr 1e-5 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --split 98,2,0 "
     "--eval-iters 0 --eval-interval 1000000 --log-interval 1 --seed 1236 "
     "--no-gradient-accumulation-fusion"
 ).split()
