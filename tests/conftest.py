@@ -20,12 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 ENTRY = ROOT / "entrypoints" / "pretrain_gpt.py"
 EXAMPLE_PACKAGE = ROOT / "tests" / "example_package"
 
-# Qwen2.5-shaped, tiny; the vocabulary is bytes, so that real text needs no tokenizer.
+# Qwen2.5-shaped, tiny; the vocabulary is bytes, so that real text needs no tokenizer (512: the same
+# padded size for TP=1 and TP=2).
 MODEL = (
     "--num-layers 2 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 "
     "--group-query-attention --num-query-groups 2 --add-qkv-bias --disable-bias-linear --swiglu "
     "--normalization RMSNorm --position-embedding-type rope --attention-dropout 0 "
-    "--hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 256 "
+    "--hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 512 "
     "--seq-length 128 --max-position-embeddings 128"
 ).split()
 TRAINING = (
@@ -106,7 +107,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(corpus: Path):
     """Train the tiny model; extra flags are appended, so they win over the defaults."""
 
-    def start(*flags: str, processes: int = 1, script: Path = ENTRY, ok: bool = True, **env: str):
+    def start(
+        *flags: str,
+        processes: int = 1,
+        script: Path = ENTRY,
+        ok: bool = True,
+        drop: tuple[str, ...] = (),
+        **env: str,
+    ):
         data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
         launcher = [sys.executable]
         if processes > 1:
@@ -114,7 +122,8 @@ def train(corpus: Path):
                 "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
                 "--master-port", str(free_port()),
             ]  # fmt: skip
-        outcome = run([*launcher, str(script), *MODEL, *TRAINING, *data, *flags], **env)
+        model = [token for token in MODEL if token not in drop]
+        outcome = run([*launcher, str(script), *model, *TRAINING, *data, *flags], **env)
         if ok:
             assert outcome.code == 0, outcome.output[-6000:]
         return outcome

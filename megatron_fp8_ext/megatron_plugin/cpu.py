@@ -75,6 +75,10 @@ class FusedAdam(torch.optim.AdamW):
         known = ("lr", "betas", "eps", "weight_decay")
         super().__init__(params, **{key: kwargs[key] for key in known if key in kwargs})
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As any optimizer's: AdamW's own looks for a `step` of each parameter."""
+        torch.optim.Optimizer.__setstate__(self, state)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One AdamW step in FP32; the arithmetic is torch's own functional AdamW."""
@@ -120,3 +124,19 @@ def adam_in_distributed_optimizer(module: ModuleType) -> None:
     module.Adam = FusedAdam  # type: ignore[attr-defined]
     module.HAVE_APEX_OR_TE = True  # type: ignore[attr-defined]
     module.USING_APEX_OPTIMIZER = True  # type: ignore[attr-defined]
+
+
+def recompute_without_te(module: ModuleType) -> None:
+    """Full recomputation under FP8 calls TransformerEngine's checkpoint; Megatron's own does here.
+
+    The recomputed layers enter the FP8 context themselves, so they are emulated again.
+    """
+
+    def te_checkpoint(
+        forward: Any, distribute_saved_activations: bool, rng_tracker: Any, group: Any, *args: Any
+    ) -> Any:
+        from megatron.core import tensor_parallel
+
+        return tensor_parallel.checkpoint(forward, distribute_saved_activations, *args)
+
+    module.te_checkpoint = te_checkpoint  # type: ignore[attr-defined]

@@ -201,7 +201,9 @@ def _expand_bf16(argv: list[str], recipe: FP8Recipe, facts: Facts) -> Expansion:
 def _refuse(argv: Sequence[str], recipe: FP8Recipe, facts: Facts, emulated: bool) -> None:
     asked = f"{RECIPE} {recipe.name}"
     for row in REFUSALS:
-        if not arguments.has(argv, row.flag) or (emulated and not row.emulated_too):
+        if not arguments.has(argv, row.flag):
+            continue
+        if row.where == ("gpu" if emulated else "emulated"):
             continue
         written = arguments.value(argv, row.flag)
         if row.allowed and written in row.allowed:

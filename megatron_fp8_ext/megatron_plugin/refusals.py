@@ -7,6 +7,7 @@ sources named in it or tried; a flag that is not here was trained with (docs/fla
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,14 @@ class Refusal:
         reason: what would go wrong.
         mend: what to do instead.
         allowed: values of the flag that are fine; empty where no value is.
-        emulated_too: False where only the GPU path breaks.
+        where: `everywhere`, or only the path that breaks.
     """
 
     flag: str
     reason: str
     mend: str
     allowed: tuple[str, ...] = ()
-    emulated_too: bool = True
+    where: Literal["everywhere", "gpu", "emulated"] = "everywhere"
 
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -61,6 +62,10 @@ REFUSALS: tuple[Refusal, ...] = (
             "warning", "use --use-distributed-optimizer"),
     Refusal("--activation-func-fp8-input-store", "it is an unscaled cast of the activation input, "
             "outside the recipe's block scaling", "drop the flag"),
+    Refusal("--multi-latent-attention", "Megatron's local attention has no heads of two sizes, and "
+            "without a GPU there is no other", "train MLA on a GPU", where="emulated"),
+    Refusal("--num-experts", "Megatron asks TransformerEngine for MoE in FP8, and without a GPU there "
+            "is none", "train MoE in FP8 on a GPU, or with --fp8-recipe bf16 here", where="emulated"),
 )
 
 # Written for another FP8 recipe and without effect under block scaling: said, not refused.
