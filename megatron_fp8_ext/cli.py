@@ -31,8 +31,8 @@ def list_(
 ) -> None:
     """Recipes, schedules, losses and packers found through entry points."""
     if kind is not None:
-        kind = kind.removesuffix("s").removesuffix("e") if kind == "losses" else kind.rstrip("s")
-        kind = "loss" if kind in ("lo", "los", "loss") else kind
+        plurals = {"losses": "loss", **{f"{name}s": name for name in registry.GROUPS}}
+        kind = plurals.get(kind, kind)
         if kind not in registry.GROUPS:
             raise unknown_name("kind", kind, registry.GROUPS)
     table = Table("kind", "name", "package", "what it is", box=None)

@@ -58,7 +58,9 @@ def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < (3, 12):
         return Finding(
-            "note", "Python", version,
+            "note",
+            "Python",
+            version,
             "megatron-core 0.17 and later need 3.12; with this Python use a Megatron-LM checkout",
         )
     return Finding("ok", "Python", version)
@@ -67,13 +69,17 @@ def _python() -> Finding:
 def _gpu(torch: Any) -> Finding:
     if not torch.cuda.is_available():
         return Finding(
-            "note", "GPU", "none: the recipe would be emulated on the CPU (slow, same codes)",
+            "note",
+            "GPU",
+            "none: the recipe would be emulated on the CPU (slow, same codes)",
             "train on a Hopper GPU for speed",
         )
     capability = tuple(torch.cuda.get_device_capability())
     cuda = compat.parse_version(torch.version.cuda) if torch.version.cuda else None
     gap = compat.fp8_gap("999", (capability[0], capability[1]), cuda)
-    name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    name = (
+        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    )
     if gap is None:
         return Finding("ok", "GPU", name)
     what, _, mend = gap.partition("; ")
@@ -98,7 +104,9 @@ def _megatron() -> Finding:
     if tested:
         return Finding("ok", "Megatron", f"{version} ({where})")
     return Finding(
-        "note", "Megatron", f"{version} ({where}), not among the tested versions",
+        "note",
+        "Megatron",
+        f"{version} ({where}), not among the tested versions",
         "tested: " + ", ".join(".".join(map(str, v)) for v in compat.MEGATRON_TESTED),
     )
 
@@ -114,7 +122,9 @@ def _transformer_engine(torch: Any) -> Finding:
     )
     if finding.level == "ok" and compat.parse_version(finding.found) < compat.MIN_TE:
         return Finding(
-            "fail", "TransformerEngine", f"{finding.found} has no block scaling",
+            "fail",
+            "TransformerEngine",
+            f"{finding.found} has no block scaling",
             "update it to 2.4 or later",
         )
     return Finding(finding.level, "TransformerEngine", finding.found, finding.mend)
@@ -151,7 +161,9 @@ def _name_conflicts() -> list[Finding]:
     elif slime is None or not (slime / "backends").is_dir():
         rows.append(
             Finding(
-                "fail", "slime", "PyPI's `slime`, an unrelated statistics package",
+                "fail",
+                "slime",
+                "PyPI's `slime`, an unrelated statistics package",
                 "pip uninstall slime, then pip install git+https://github.com/THUDM/slime",
             )
         )
@@ -165,7 +177,9 @@ def _name_conflicts() -> list[Finding]:
     elif not (apex / "optimizers").is_dir():
         rows.append(
             Finding(
-                "fail", "apex", "PyPI's `apex`, an unrelated web toolkit",
+                "fail",
+                "apex",
+                "PyPI's `apex`, an unrelated web toolkit",
                 "pip uninstall apex (and build NVIDIA's from github.com/NVIDIA/apex if wanted)",
             )
         )
@@ -184,7 +198,8 @@ def _environment() -> list[Finding]:
         refused = INFIR2 if scales == "1" else INFIR2_RL
         rows.append(
             Finding(
-                "fail", TE_FP32_SCALES,
+                "fail",
+                TE_FP32_SCALES,
                 f"{scales}: only {fits.name} could run, {refused.name} would be refused",
                 "unset it; each run sets it for its recipe",
             )
@@ -193,15 +208,20 @@ def _environment() -> list[Finding]:
     if override.lower() not in ("", "none"):
         rows.append(
             Finding(
-                "fail", TE_BACKWARD_OVERRIDE,
-                f"{override}: the backward would not be FP8, so runs are refused", "unset it",
+                "fail",
+                TE_BACKWARD_OVERRIDE,
+                f"{override}: the backward would not be FP8, so runs are refused",
+                "unset it",
             )
         )
     if os.environ.get("MEGATRON_FP8_EXT") == "0":
         rows.append(
             Finding(
-                "note", "MEGATRON_FP8_EXT", "0: the autoload door is shut, an unmodified "
-                "pretrain_gpt.py will not know our recipes", "unset it",
+                "note",
+                "MEGATRON_FP8_EXT",
+                "0: the autoload door is shut, an unmodified "
+                "pretrain_gpt.py will not know our recipes",
+                "unset it",
             )
         )
     return rows

@@ -46,7 +46,7 @@ class Provider:
             ) from error
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def providers(kind: str) -> tuple[Provider, ...]:
     """Return everything registered for `kind` (a key of GROUPS), sorted by name.
 

@@ -7,6 +7,7 @@ Megatron counts in samples: one iteration is `global_batch_size` of them. Tests 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,7 +62,7 @@ class WSD:
         return self.min_lr + _COEFFICIENT[self.decay_style](ratio) * (self.lr - self.min_lr)
 
 
-_COEFFICIENT = {
+_COEFFICIENT: dict[DecayStyle, Callable[[float], float]] = {
     "linear": lambda r: 1.0 - r,
     "cosine": lambda r: 0.5 * (math.cos(math.pi * r) + 1.0),
     "exponential": lambda r: 2.0 * 0.5**r - 1.0,

@@ -83,7 +83,8 @@ def _from_gguf(file: Path) -> Tokenizer:
             "smollm and qwen2 is rebuilt from GGUF; give the model's tokenizer.json"
         )
     tokens = _texts(fields, "tokenizer.ggml.tokens")
-    merges = [tuple(line.split(" ", 1)) for line in _texts(fields, "tokenizer.ggml.merges")]
+    pairs = (line.partition(" ") for line in _texts(fields, "tokenizer.ggml.merges"))
+    merges = [(left, right) for left, _, right in pairs]
     tokenizer = Tokenizer(
         models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
     )

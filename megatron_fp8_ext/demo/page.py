@@ -78,4 +78,6 @@ def _svg(figure: Any) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    return text.replace("#000000", "currentColor").replace('<g id="text_', '<g fill="currentColor" id="text_')
+    return text.replace("#000000", "currentColor").replace(
+        '<g id="text_', '<g fill="currentColor" id="text_'
+    )

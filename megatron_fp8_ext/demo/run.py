@@ -115,9 +115,7 @@ def _corpus(prefix: Path, console: Console) -> Path:
     return prefix
 
 
-def _train(
-    recipe: str, data: Path, output: Path, iterations: int, console: Console
-) -> Result:
+def _train(recipe: str, data: Path, output: Path, iterations: int, console: Console) -> Result:
     save, log = output / recipe, output / f"{recipe}.log"
     shutil.rmtree(save, ignore_errors=True)  # an earlier demo's; it starts from scratch
     found: list[Iteration] = []
@@ -162,7 +160,9 @@ def _last_words(log: Path) -> str:
 
 
 def _table(results: Sequence[Result], console: Console) -> None:
-    table = Table("recipe", "first loss", "final loss", "gap to BF16", "ms/iteration", "time", box=None)
+    table = Table(
+        "recipe", "first loss", "final loss", "gap to BF16", "ms/iteration", "time", box=None
+    )
     base = results[0].final_loss
     for result in results:
         gap = (result.final_loss - base) / base
@@ -176,5 +176,6 @@ def _table(results: Sequence[Result], console: Console) -> None:
         )
     console.print(table)
     for result in results:
-        console.print(f"{result.recipe}: checkpoint {result.checkpoint}, log {result.log}",
-                      soft_wrap=True)
+        console.print(
+            f"{result.recipe}: checkpoint {result.checkpoint}, log {result.log}", soft_wrap=True
+        )

@@ -30,8 +30,9 @@ def documents_in(path: Path, key: str = "text") -> Iterator[str]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: it needs one JSON object a line, such as "
-                        '{"text": "..."}')
+        raise UserError(
+            f'{path} is empty: it needs one JSON object a line, such as {{"text": "..."}}'
+        )
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

@@ -80,7 +80,7 @@ class FusedAdam(torch.optim.AdamW):
         torch.optim.Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         """One AdamW step in FP32; the arithmetic is torch's own functional AdamW."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
@@ -91,7 +91,7 @@ class FusedAdam(torch.optim.AdamW):
                     state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
             beta1, beta2 = group["betas"]
-            torch.optim._functional.adamw(  # type: ignore[attr-defined]
+            torch.optim._functional.adamw(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],

@@ -87,7 +87,7 @@ def enable() -> None:
         return
     _enabled = True
     # Compiling costs more than it gives here, and dynamo refuses the functions replaced below.
-    torch.compile = _no_compile  # type: ignore[assignment]
+    torch.compile = _no_compile
     _patch_cuda_module()
     _patch_tensors()
     _patch_distributed()
@@ -166,8 +166,9 @@ def _patch_tensors() -> None:
     def cpu_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
             kwargs["device"] = _to_cpu(kwargs["device"])
-        return to(self, *(_to_cpu(a) if isinstance(a, (str, torch.device)) else a for a in args),
-                  **kwargs)
+        return to(
+            self, *(_to_cpu(a) if isinstance(a, (str, torch.device)) else a for a in args), **kwargs
+        )
 
     @functools.wraps(kind)
     def cuda_type(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
@@ -180,7 +181,7 @@ def _patch_tensors() -> None:
     tensor.cuda = lambda self, *a, **k: self
     tensor.pin_memory = lambda self, *a, **k: self
     tensor.record_stream = lambda self, *a, **k: None
-    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[assignment, method-assign]
+    torch.nn.Module.cuda = lambda self, *a, **k: self
 
 
 def _patch_distributed() -> None:

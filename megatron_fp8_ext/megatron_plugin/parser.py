@@ -74,7 +74,7 @@ def _expand_before_parsing(parser: argparse.ArgumentParser) -> None:
             raise run.stop(error) from error
         return parsed, rest
 
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
 def _expand(argv: Sequence[str], options: frozenset[str]) -> flags.Expansion:

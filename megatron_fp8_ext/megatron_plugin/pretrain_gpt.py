@@ -32,8 +32,12 @@ _DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
 def main() -> None:
     """Parse Megatron's flags from the command line and train."""
     # Training alone needs no launcher; torchrun sets these for more than one process.
-    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("RANK", "0"), ("WORLD_SIZE", "1"),
-                        ("LOCAL_RANK", "0")):
+    for name, value in (
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+    ):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
     run.current.wants_cpu = True

@@ -81,9 +81,7 @@ def test_casts_agree_bitwise(case, scale_format, dtype, block):
     assert torch.equal(codes, want.codes.view(torch.uint8))
     if block[0] == 1:
         want = reference.quantize_columns(x, scale_format)
-        codes, scales = unpack(
-            got._columnwise_data, got._columnwise_scale_inv, x.t().shape, block
-        )
+        codes, scales = unpack(got._columnwise_data, got._columnwise_scale_inv, x.t().shape, block)
         assert torch.equal(scales.view(torch.int32), want.scale_inv.view(torch.int32))
         assert torch.equal(codes, want.codes.view(torch.uint8))
 

@@ -71,9 +71,7 @@ def test_native_fp8_flags_are_refused_where_they_would_be_bf16(train):
 
 
 def test_first_and_last_layers_stay_bf16_when_asked(train, infir2_run):
-    partly = train(
-        DIST, "--fp8-recipe", "infir2", "--num-layers", "3", "--first-last-layers-bf16"
-    )
+    partly = train(DIST, "--fp8-recipe", "infir2", "--num-layers", "3", "--first-last-layers-bf16")
     assert partly.casts["weight"] == infir2_run.casts["weight"] // 2
 
 

@@ -25,7 +25,10 @@ def args(**changes):
         ({"seq_length": 1000}, "992 or 1008"),
         ({"seq_length": 1000, "micro_batch_size": 2}, None),
         ({"seq_length": 1001, "micro_batch_size": 2}, "1000 or 1008"),
-        ({"seq_length": 520, "tensor_model_parallel_size": 4, "sequence_parallel": True}, "512 or 576"),
+        (
+            {"seq_length": 520, "tensor_model_parallel_size": 4, "sequence_parallel": True},
+            "512 or 576",
+        ),
         ({"seq_length": 520, "tensor_model_parallel_size": 4}, "512 or 528"),
         ({"seq_length": 4096, "context_parallel_size": 2}, None),
         ({"seq_length": 4104, "context_parallel_size": 2}, "4096 or 4128"),

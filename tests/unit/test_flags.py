@@ -169,7 +169,9 @@ def test_megatrons_own_recipes_pass_through(name):
 
 def test_native_fp8_without_te_is_an_error_not_quiet_bf16():
     with pytest.raises(UserError, match="train in BF16 without a word"):
-        flags.expand(["--fp8-format", "hybrid"], facts(fp8_gap="TransformerEngine is not installed"))
+        flags.expand(
+            ["--fp8-format", "hybrid"], facts(fp8_gap="TransformerEngine is not installed")
+        )
 
 
 def test_without_te_on_a_gpu_the_recipe_stops_or_is_emulated_on_request():

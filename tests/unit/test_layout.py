@@ -34,7 +34,9 @@ def test_no_tracker_means_a_fresh_start(tmp_path):
     assert layout.find(str(tmp_path)) is None
 
 
-@pytest.mark.parametrize(("text", "message"), [("x", "neither"), ("7", "iter_0000007 is not there")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("x", "neither"), ("7", "iter_0000007 is not there")]
+)
 def test_bad_trackers(tmp_path, text, message):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -55,7 +57,9 @@ def test_names_tell_the_optimizer_layout(tmp_path):
         chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), torch.Size(size))
         return TensorStorageMetadata(TensorProperties(torch.bfloat16), torch.Size(size), [chunk])
 
-    buffer = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_({}, torch.float32).bucket_idx_0"
+    buffer = (
+        "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_({}, torch.float32).bucket_idx_0"
+    )
     for name, wanted in {
         "optimizer.state.fp32_param.embedding.word_embeddings.weight": ("plain", False),
         "optimizer.state.param.embedding.word_embeddings.weight": ("by parameter", False),
