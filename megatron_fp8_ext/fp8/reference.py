@@ -7,7 +7,7 @@ Names: x_MK is a matrix of M rows and K columns; s_mk is its grid of scales, one
 
     amax      = max |x| over the block, NaN ignored
     scale     = 448 / amax                       rounded to FP32 once
-    scale     = 2^127                            where 448 / amax overflows FP32
+    scale     = largest finite value of x's type where 448 / amax overflows FP32
     scale     = exponent bits of scale           (power_of_two only: the mantissa is cut off)
     scale     = 1                                where amax is 0 or inf
     code      = e4m3(clamp(x * scale, -448, 448))   round to nearest even
@@ -64,13 +64,17 @@ def _pad(x: Tensor, rows: int, cols: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, cols - x.shape[1], 0, rows - x.shape[0]))
 
 
-def scale_from_amax(amax: Tensor, scale_format: ScaleFormat) -> Tensor:
-    """Return the FP32 multiplier for blocks with the given FP32 `amax` (same shape)."""
+def scale_from_amax(
+    amax: Tensor, scale_format: ScaleFormat, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Return the FP32 multiplier for blocks with the given FP32 `amax` (same shape).
+
+    `dtype` is that of the tensor being cast: its largest finite value bounds the multiplier, which
+    shows only where amax is below 2^-119.
+    """
     scale = torch.full_like(amax, E4M3_MAX) / amax
-    # The largest multiplier is the input type's largest finite value; BF16 and FP32 share its
-    # exponent, and only BF16 and FP32 are cast here, so 2^127 serves both once it is cut.
-    overflow = torch.finfo(torch.bfloat16).max
-    scale = torch.where(torch.isinf(scale), torch.full_like(scale, overflow), scale)
+    largest = torch.full_like(scale, torch.finfo(dtype).max)
+    scale = torch.where(torch.isinf(scale), largest, scale)
     if scale_format == "power_of_two":
         scale = (scale.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
     neutral = (amax == 0) | torch.isinf(amax) | torch.isnan(amax)
@@ -99,7 +103,7 @@ def quantize(x_MK: Tensor, block: tuple[int, int], scale_format: ScaleFormat) ->
     amax = x.abs().amax(dim=(1, 3))
     if torch.isnan(amax).any():
         amax = torch.nan_to_num(x.abs(), nan=0.0, posinf=torch.inf).amax(dim=(1, 3))
-    scale = scale_from_amax(amax, scale_format)
+    scale = scale_from_amax(amax, scale_format, x_MK.dtype)
     codes = _to_e4m3(x * scale[:, None, :, None])
     codes = codes.view(grid_m * block_m, grid_k * block_k)[:rows, :cols].contiguous()
     return Quantized(codes, scale.reciprocal(), block)

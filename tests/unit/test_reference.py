@@ -78,6 +78,12 @@ def test_tiny_amax_takes_the_largest_power():
     assert q.codes[0, 0].item() == pytest.approx(1e-38 * 2.0**127, rel=0.07)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tiny_amax_under_fp32_scales_is_bounded_by_the_input_type(dtype):
+    q = reference.quantize_rows(row(1e-38, dtype=dtype), "float32")
+    assert q.scale_inv.item() == (1 / torch.tensor(torch.finfo(dtype).max)).item()
+
+
 def test_subnormal_codes_round_to_nearest_even():
     # Smallest subnormal of E4M3 is 2^-9; with scale 1 (amax 448) half of it rounds to zero (even).
     q = reference.quantize_rows(row(448.0, 2.0**-9, 2.0**-10, 3 * 2.0**-10), POW2)
