@@ -51,13 +51,14 @@ def test_nothing_installed_is_moved(wheel, tmp_path, python, numpy):
         return done.stdout
 
     pip("install", f"numpy=={numpy}.*", "packaging")
-    before = set(pip("freeze").split())
+    before = set(pip("freeze").splitlines())
     pip("install", str(wheel))
-    after = set(pip("freeze").split())
+    after = set(pip("freeze").splitlines())
     assert before <= after, f"moved: {before - after}"
     names = {line.split("==")[0].split("@")[0].strip().lower() for line in after - before}
-    heavy = {"torch", "numpy", "transformer-engine", "megatron-core", "pydantic"}
-    assert not names & heavy
+    heavy = {"torch", "numpy", "transformer-engine", "megatron-core"}
+    assert not names & heavy, names
+    assert len(names) < 20, names
     script = str(tmp_path / "env" / "bin" / "megatron-fp8")
     shown = subprocess.run([script, "show", "infir2"], capture_output=True, text=True, env=env)
     assert shown.returncode == 0 and "128x128" in shown.stdout
