@@ -1,0 +1,1 @@
+"""Groups of `megatron-fp8` commands, one file each; heavy imports stay inside the functions."""
