@@ -86,6 +86,30 @@ def _need_megatron() -> None:
         pytest.skip("needs torch and megatron-core")
 
 
+def megatron_wheel(version: str) -> Path:
+    """Folder with the `megatron` package of a megatron-core wheel, kept in .cache between runs."""
+    _need_megatron()
+    folder = ROOT / ".cache" / f"megatron-core-{version}"
+    if not folder.is_dir():
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial)]
+        done = subprocess.run([*pip, f"megatron-core=={version}"], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"megatron-core {version} cannot be had here: {done.stderr[-200:]}")
+        partial.rename(folder)
+    return folder
+
+
+def megatron_lm() -> Path:
+    """A Megatron-LM checkout; skips the test where there is none."""
+    for place in (os.environ.get("MEGATRON_LM_PATH"), str(ROOT / "third_party" / "Megatron-LM")):
+        if place and (Path(place) / "megatron" / "training" / "arguments.py").is_file():
+            for needed in ("six", "regex", "pybind11"):
+                pytest.importorskip(needed, reason=f"core_v0.14.0 needs `pip install {needed}`")
+            return Path(place)
+    pytest.skip("needs a Megatron-LM checkout: MEGATRON_LM_PATH or third_party/Megatron-LM")
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CPython's help texts as a Megatron corpus of bytes."""
@@ -110,20 +134,22 @@ def train(corpus: Path):
     def start(
         *flags: str,
         processes: int = 1,
-        script: Path = ENTRY,
+        script: Path | tuple[str, ...] = ENTRY,
         ok: bool = True,
+        launcher: bool = False,
         drop: tuple[str, ...] = (),
         **env: str,
     ):
         data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += [
+        python = [sys.executable]
+        if processes > 1 or launcher:
+            python += [
                 "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
                 "--master-port", str(free_port()),
             ]  # fmt: skip
         model = [token for token in MODEL if token not in drop]
-        outcome = run([*launcher, str(script), *model, *TRAINING, *data, *flags], **env)
+        program = script if isinstance(script, tuple) else (str(script),)
+        outcome = run([*python, *program, *model, *TRAINING, *data, *flags], **env)
         if ok:
             assert outcome.code == 0, outcome.output[-6000:]
         return outcome

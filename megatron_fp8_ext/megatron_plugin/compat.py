@@ -126,3 +126,18 @@ def slice_for_context_parallel(batch: dict[str, Any]) -> dict[str, Any]:
     else:
         sliced = get_batch_on_this_cp_rank(kept)
     return {**batch, **sliced}
+
+
+def layer_stays_bf16(config: Any, layer_no: int) -> bool:
+    """Whether `--first-last-layers-bf16` takes this layer out of FP8.
+
+    Megatron has `fp8_utils.is_first_last_bf16_layer` for it, but not in core_v0.14.
+
+    Args:
+        config: Megatron's TransformerConfig.
+        layer_no: index over all pipeline stages, from 0; negative asks for no layer in particular.
+    """
+    if layer_no < 0 or not config.first_last_layers_bf16:
+        return False
+    last = config.num_layers - config.num_layers_at_end_in_bf16
+    return bool(layer_no < config.num_layers_at_start_in_bf16 or layer_no >= last)

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.megatron_plugin import run
+from megatron_fp8_ext.megatron_plugin import compat, run
 
 
 def fp8_context(module: ModuleType) -> None:
@@ -25,7 +25,7 @@ def fp8_context(module: ModuleType) -> None:
         recipe = run.current.recipe
         if not run.current.emulated or recipe is None or not config.fp8:
             return native_context(config, layer_no, is_init)
-        if is_init or module.is_first_last_bf16_layer(config, layer_no):
+        if is_init or compat.layer_stays_bf16(config, layer_no):
             return contextlib.nullcontext()
         from megatron_fp8_ext.fp8 import emulation
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, megatron_lm, megatron_wheel, run
 
 from megatron_fp8_ext.megatron_plugin import flags
 
@@ -40,25 +38,9 @@ print("ENV", os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES"))
 """
 
 
-@pytest.fixture(scope="session", params=["0.17.0", "0.18.0", "0.19.2"])
+@pytest.fixture(params=["0.17.0", "0.18.0", "0.19.2"])
 def wheel(request):
-    """Folder with the wheel's `megatron` package, kept in .cache between runs."""
-    pytest.importorskip("torch")
-    folder = ROOT / ".cache" / f"megatron-core-{request.param}"
-    if not folder.is_dir():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial),
-                f"megatron-core=={request.param}",
-            ],
-            capture_output=True,
-            text=True,
-        )  # fmt: skip
-        if done.returncode:
-            pytest.skip(f"megatron-core {request.param} cannot be had here: {done.stderr[-200:]}")
-        partial.rename(folder)
-    return request.param, folder
+    return request.param, megatron_wheel(request.param)
 
 
 def parse(path: Path, *argv: str, code: int = 0) -> dict[str, str]:
@@ -105,18 +87,9 @@ def test_native_runs_are_untouched(wheel):
     )  # fmt: skip
 
 
-def checkout() -> Path | None:
-    for place in (os.environ.get("MEGATRON_LM_PATH"), str(ROOT / "third_party" / "Megatron-LM")):
-        if place and (Path(place) / "megatron" / "training" / "arguments.py").is_file():
-            return Path(place)
-    return None
-
-
 @pytest.mark.checkout
 def test_checkout_becomes_native_flags():
-    path = checkout()
-    if path is None:
-        pytest.skip("needs a Megatron-LM checkout: MEGATRON_LM_PATH or third_party/Megatron-LM")
+    path = megatron_lm()
     found = parse(path, *BASE, *INFIR2)
     assert (found["fp8"], found["fp8_recipe"]) == ("e4m3", "blockwise")
     assert (found["fp8_param_gather"], found["scales"]) == ("True", "0")
@@ -154,9 +127,7 @@ def test_core_v0_14_accepts_what_expand_produces(recipe, has_gpu):
 
 
 def test_recorded_list_is_the_checkouts():
-    path = checkout()
-    if path is None:
-        pytest.skip("needs a Megatron-LM checkout: MEGATRON_LM_PATH or third_party/Megatron-LM")
+    path = megatron_lm()
     code = (
         "import argparse, json; import megatron.training.arguments as a\n"
         "p = a.add_megatron_arguments(argparse.ArgumentParser())\n"
