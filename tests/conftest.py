@@ -73,7 +73,8 @@ def run(argv: list[str], timeout: int = 400, **env: str) -> Outcome:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MEGATRON_FP8", "NVTE_"))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         clean.pop(name, None)
-    clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+    path = os.pathsep.join(filter(None, (str(ROOT), clean.get("PYTHONPATH"))))
+    clean |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
     done = subprocess.run(
         argv, capture_output=True, text=True, errors="replace", timeout=timeout, env=clean, cwd="/"
     )

@@ -39,6 +39,8 @@ def rng_tracker_on_cpu(module: ModuleType) -> None:
     def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
 
+    # Megatron warns at each weight that the CPU's state moved; here it is the one that has to.
+    module.logger.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
     module._get_cuda_rng_state = get_state  # type: ignore[attr-defined]
     module._set_cuda_rng_state = set_state  # type: ignore[attr-defined]
 
