@@ -6,6 +6,7 @@ Used only where torch sees no GPU. Every function here is the `apply` of one rec
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Iterable
 from types import ModuleType
@@ -40,7 +41,9 @@ def rng_tracker_on_cpu(module: ModuleType) -> None:
         torch.set_rng_state(state)
 
     # Megatron warns at each weight that the CPU's state moved; here it is the one that has to.
-    module.logger.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    logging.getLogger(module.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
     module._get_cuda_rng_state = get_state  # type: ignore[attr-defined]
     module._set_cuda_rng_state = set_state  # type: ignore[attr-defined]
 

@@ -62,6 +62,34 @@ def test_nothing_installed_is_moved(wheel, tmp_path, python, numpy):
     script = str(tmp_path / "env" / "bin" / "megatron-fp8")
     shown = subprocess.run([script, "show", "infir2"], capture_output=True, text=True, env=env)
     assert shown.returncode == 0 and "128x128" in shown.stdout
+    if python == "3.10":  # megatron-core's wheel wants 3.12
+        (tmp_path / "torch.py").touch()
+        entry = [
+            str(tmp_path / "env" / "bin" / "python"),
+            str(ROOT / "entrypoints/pretrain_gpt.py"),
+        ]
+        told = subprocess.run(
+            [*entry, "--fp8-recipe", "infir2"],
+            capture_output=True,
+            text=True,
+            env={**env, "PYTHONPATH": str(tmp_path)},
+        )
+        assert told.returncode == 2 and "needs Python 3.12 (this is 3.10)" in told.stderr
     # No torch and no Megatron here: doctor says so, with a mend, and exits 1.
     doctor = subprocess.run([script, "doctor"], capture_output=True, text=True, env=env)
     assert doctor.returncode == 1 and "pip install torch" in doctor.stdout
+
+
+def test_setup_says_which_python_it_needs(tmp_path):
+    wrong = find_python("3.10")
+    if wrong is None:
+        pytest.skip("needs a Python 3.10 to refuse")
+    setup = ["sh", str(ROOT / "tools" / "setup.sh"), str(tmp_path / "env")]
+    done = subprocess.run(
+        setup, capture_output=True, text=True, env={**os.environ, "PYTHON": wrong}
+    )
+    assert done.returncode == 2 and f"PYTHON={wrong} is not a Python 3.12 or 3.13" in done.stderr
+    nothing = {"PATH": "/nowhere", "HOME": str(tmp_path)}
+    done = subprocess.run(["/bin/sh", *setup[1:]], capture_output=True, text=True, env=nothing)
+    assert done.returncode == 2 and "no Python 3.12 or 3.13 found" in done.stderr
+    assert not (tmp_path / "env").exists()
