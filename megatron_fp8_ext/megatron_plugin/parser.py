@@ -113,7 +113,6 @@ def _adopt(expansion: flags.Expansion, parsed: Any, argv: Sequence[str]) -> None
     already_said = state.recipe is not None and state.recipe == expansion.recipe
     state.recipe, state.emulated = expansion.recipe, expansion.emulated
     if not already_said:
-        for note in expansion.notes:
-            run.say(note)
-        if expansion.recipe is not None:
-            run.say(f"seams: {', '.join(state.patches)}")
+        seams = f" | seams: {', '.join(state.patches)}" if expansion.recipe is not None else ""
+        for number, note in enumerate(expansion.notes):
+            run.say(note + seams if number == 0 else note)
