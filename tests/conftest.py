@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fp8_ext import training_log
+from megatron_fp8_ext.megatron_plugin import arguments
 from megatron_fp8_ext.training_log import Iteration
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +139,7 @@ def train(corpus: Path):
         script: Path | tuple[str, ...] = ENTRY,
         ok: bool = True,
         launcher: bool = False,
-        drop: tuple[str, ...] = (),
+        drop: dict[str, bool] | None = None,  # flag of MODEL -> whether it takes a value
         **env: str,
     ):
         data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
@@ -148,7 +149,9 @@ def train(corpus: Path):
                 "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
                 "--master-port", str(free_port()),
             ]  # fmt: skip
-        model = [token for token in MODEL if token not in drop]
+        model = MODEL
+        for flag, takes_value in (drop or {}).items():
+            model = arguments.without(model, flag, takes_value)
         program = script if isinstance(script, tuple) else (str(script),)
         outcome = run([*python, *program, *model, *TRAINING, *data, *flags], **env)
         if ok:

@@ -68,7 +68,7 @@ def test_flags_that_change_no_number(name, train, plain):
 
 @pytest.mark.parametrize("name", OTHER)
 def test_flags_that_train(name, train):
-    drop = ("--group-query-attention", "--num-query-groups", "2") if name == "MLA" else ()
+    drop = {"--group-query-attention": False, "--num-query-groups": True} if name == "MLA" else {}
     outcome = train(*COMMON, *INFIR2, *OTHER[name].split(), drop=drop, **ENV)
     assert all(math.isfinite(loss) for loss in outcome.losses.values())
     assert outcome.losses[8] < outcome.losses[1] - 0.5
