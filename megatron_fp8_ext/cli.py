@@ -67,7 +67,8 @@ def show(name: Annotated[str, typer.Argument(help="a recipe, such as infir2")]) 
         table.add_row("environment", f"{variable}={value}")
     command = ["--bf16", "--use-distributed-optimizer", "--save", "DIR"]
     facts = flags.Facts(options=frozenset({flags.RESHARDABLE}))
-    native = flags.expand([*command, flags.RECIPE, name], facts).argv[len(command) :]
+    emulated = [flags.EMULATE] if recipe.control else []
+    native = flags.expand([*command, *emulated, flags.RECIPE, name], facts).argv[len(command) :]
     table.add_row("Megatron flags", " ".join(native) or "none")
     _out.print(table)
 
