@@ -95,9 +95,9 @@ def _loss(result: Result, colours: Mapping[str, str]) -> Picture | None:
                 axes.plot([last], [run.run.losses[last]], "x", color=colour, markersize=8)
     if not drawn:
         return None
-    axes.legend(frameon=False)
+    _legend(axes)
     band = "; the band is BF16 from seed to seed" if len(result.seeds) > 1 else ""
-    note = f"Mean over seeds, trailing mean of {width} iterations{band}. A cross marks a run that ended early."
+    note = f"Mean over seeds, trailing mean of {width} iterations{band}. A cross: a run that ended early."
     return Picture("Loss", note, _svg(figure))
 
 
@@ -134,7 +134,7 @@ def _gap_curve(result: Result, colours: Mapping[str, str]) -> Picture | None:
     _margin_line(axes.axhline)
     axes.set_yscale("symlog", linthresh=1.0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.legend(frameon=False)
+    _legend(axes)
     note = (
         f"One line a seed: same weights at the start, same batches; trailing mean of {width} iterations. "
         "Dotted: the margin. Beyond ±1 % the axis is logarithmic."
@@ -213,9 +213,7 @@ def _per_layer(
         return None
     axes.set_xlabel("layer")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    columns = 1 if len(axes.get_lines()) < 4 else 2
-    axes.legend(frameon=False, fontsize=8, ncols=columns)
-    axes.margins(y=0.25)
+    _legend(axes, columns=2)
     return figure
 
 
@@ -284,9 +282,20 @@ def _simple(
         drawn = True
     if not drawn:
         return None
-    axes.legend(frameon=False)
+    _legend(axes)
     axes.set_ylim(bottom=0)
     return Picture(title, f"The first seed of each recipe. {note}".strip(), _svg(figure))
+
+
+def _legend(axes: Any, columns: int = 3) -> None:
+    """Below the axes, where it hides no line."""
+    axes.legend(
+        frameon=False,
+        fontsize=9,
+        ncols=columns,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+    )
 
 
 def _axes(label: str, height: float = 3.1) -> tuple[Any, Any]:

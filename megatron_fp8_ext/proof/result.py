@@ -155,7 +155,7 @@ def _run(run: Run, base: Run | None) -> RunResult:
     # Only iterations that were logged: Megatron prints no loss where it is not a number.
     lost = [i for i in run.iterations.values() if i.number > 2 and not _finite(i.loss)]
     gap = None
-    if final is not None and base is not None and base.status == "finished":
+    if final is not None and base is not None and base is not run and base.status == "finished":
         other = [base.losses.get(number) for number in window]
         if all(x is not None and math.isfinite(x) for x in other):
             theirs = statistics.fmean(x for x in other if x is not None)

@@ -100,7 +100,8 @@ def spread(result: Result) -> str:
         return ""
     return (
         "From seed to seed BF16's own final loss has a standard deviation of "
-        f"{100 * result.seed_spread:.3f} % ({len(result.seeds)} seeds): a gap well inside of it would be invisible without pairing."
+        f"{100 * result.seed_spread:.3f} % ({len(result.seeds)} seeds): without pairing, "
+        "a gap well inside of it could not be seen."
     )
 
 
@@ -161,7 +162,8 @@ def errors_note(result: Result) -> str:
     return (
         "Sampled while training (--fp8-stats-interval). SQNR: signal to quantization noise. Underflow: "
         "share of values other than zero that became zero. Saturation: share clipped. Rows are the "
-        f"operands of fprop and dgrad, columns those of wgrad. Cost of one sample: {', '.join(costs) or 'not measured'}."
+        "operands of fprop and dgrad, columns those of wgrad. "
+        f"Cost of one sample: {', '.join(costs) or 'not measured'}."
     )
 
 

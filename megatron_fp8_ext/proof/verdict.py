@@ -2,7 +2,7 @@
 
 The gap of a seed is `(L - L_bf16) / L_bf16`, L the mean training loss over the last fifth of the steps. Both
 runs of a pair start from the same weights and read the same batches in the same order, so that the noise of
-the data is in both and falls out. Over the seeds the gap has a mean and a two-sided 95 % interval of Student's t.
+the data is in both and falls out. Over the seeds it has a mean and a two-sided 95 % interval of Student's t.
 
     lossless        the interval's upper end is below 0.25 % (DeepSeek-V3's bar, arXiv 2412.19437)
     not lossless    its lower end is above 0.25 %, or a run diverged
