@@ -185,7 +185,7 @@ def _per_layer(
     label: str,
     factor: float,
 ) -> Any:
-    figure, axes = _axes(label)
+    figure, axes = _axes(label, height=3.9)
     drawn = False
     for recipe in result.recipes[1:]:
         errors = layer_errors(recipe)
@@ -289,17 +289,14 @@ def _simple(
 
 def _legend(axes: Any, columns: int = 3) -> None:
     """Below the axes, where it hides no line."""
-    axes.legend(
-        frameon=False,
-        fontsize=9,
-        ncols=columns,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.2),
+    handles, labels = axes.get_legend_handles_labels()
+    axes.figure.legend(
+        handles, labels, frameon=False, fontsize=9, ncols=columns, loc="outside lower center"
     )
 
 
 def _axes(label: str, height: float = 3.1) -> tuple[Any, Any]:
-    figure = Figure(figsize=(_WIDTH, height), layout="tight")
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel("iteration")
     axes.set_ylabel(label)

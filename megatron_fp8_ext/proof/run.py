@@ -285,15 +285,15 @@ def _score(member: Member, place: str | None, command: str) -> None:
     Raises:
         UserError: it failed, or its last line is no JSON object of numbers.
     """
-    words = [
-        word.format(
-            checkpoints=member.checkpoints,
-            folder=member.folder,
-            recipe=member.choice.label,
-            seed=member.seed,
-        )
-        for word in shlex.split(command)
-    ]
+    places = {
+        "{checkpoints}": str(member.checkpoints),
+        "{folder}": str(member.folder),
+        "{recipe}": member.choice.label,
+        "{seed}": str(member.seed),
+    }
+    words = shlex.split(command)
+    for name, value in places.items():
+        words = [word.replace(name, value) for word in words]
     try:
         done = subprocess.run(words, capture_output=True, text=True, env=_environment(place))
     except OSError as error:
