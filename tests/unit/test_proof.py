@@ -187,7 +187,7 @@ def test_runs_that_differ_are_not_compared(what, trainer, tmp_path, monkeypatch)
     if what == "command":
         extra, words = ["--lr", "2"], r"'absent' in one, '--lr 2' in the other"
     elif what == "steps":
-        steps, words = 30, "20 steps in one, 30 steps in the other"
+        steps, words = 30, "20 steps in one, 30 in the other"
     elif what == "data":
         (tmp_path / "text.bin").write_bytes(b"some texT" * 100)
         words = "the corpus 'text' is not the same data"
