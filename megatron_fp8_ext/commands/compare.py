@@ -53,6 +53,8 @@ def compare(
         from megatron_fp8_ext.demo import run as demo
 
         command = demo.command(demo.corpus(output / "corpus" / "text", console), steps or 240)
+    elif command[0] == "demo":
+        raise UserError(f"demo takes no flags of its own: unknown {' '.join(command[1:])}")
     elif len(command) == 1:
         raise UserError(
             f"'{command[0]}' alone is no training command; of a preset, "

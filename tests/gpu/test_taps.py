@@ -1,6 +1,7 @@
 """The numerics taps on TransformerEngine's layers: what they sample is what TE casts.
 
-The same hooks as on the CPU (tests/megatron/test_compare.py), on TE's modules: norm inside the linear, FP8 weights.
+The same hooks as on the CPU (tests/megatron/test_compare.py), on TE's modules: a norm inside the linear, and
+weights in FP8.
 """
 
 from __future__ import annotations
