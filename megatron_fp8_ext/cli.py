@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fp8_ext import __version__, registry
-from megatron_fp8_ext.commands import data
+from megatron_fp8_ext.commands import compare, data
 from megatron_fp8_ext.errors import UserError, unknown_name
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data.app, name="data")
+app.command(context_settings=compare.CONTEXT)(compare.compare)
+app.command("report")(compare.report_)
 _out = Console()
 
 
@@ -67,7 +69,8 @@ def show(name: Annotated[str, typer.Argument(help="a recipe, such as infir2")]) 
         table.add_row("environment", f"{variable}={value}")
     command = ["--bf16", "--use-distributed-optimizer", "--save", "DIR"]
     facts = flags.Facts(options=frozenset({flags.RESHARDABLE}))
-    native = flags.expand([*command, flags.RECIPE, name], facts).argv[len(command) :]
+    emulated = [flags.EMULATE] if recipe.control else []
+    native = flags.expand([*command, *emulated, flags.RECIPE, name], facts).argv[len(command) :]
     table.add_row("Megatron flags", " ".join(native) or "none")
     _out.print(table)
 

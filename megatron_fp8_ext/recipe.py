@@ -21,6 +21,8 @@ from megatron_fp8_ext import registry
 from megatron_fp8_ext.errors import UserError
 
 ScaleFormat = Literal["power_of_two", "float32"]
+# e4m1 is no format of any hardware: E4M3 whose mantissa is rounded to one bit, for the negative control.
+Format = Literal["e4m3", "e5m2", "e4m1"]
 
 # TransformerEngine reads this once, at import, as the default of Float8BlockScaling (TE >= 2.3).
 TE_FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
@@ -30,13 +32,21 @@ TE_BACKWARD_OVERRIDE = "NVTE_BACKWARD_OVERRIDE"
 
 @dataclass(frozen=True, kw_only=True)
 class Cast:
-    """How one operand is cast: its 8-bit format and the block that shares a scale."""
+    """How one operand is cast: its 8-bit format and the block that shares a scale.
 
-    dtype: Literal["e4m3"] = "e4m3"
-    block: tuple[int, int] = (1, 128)
+    Attributes:
+        dtype: the format of the codes.
+        block: rows and columns that share a scale, or `tensor` for one scale in all.
+        scaled: False fixes every scale at 1 (negative controls).
+    """
+
+    dtype: Format = "e4m3"
+    block: tuple[int, int] | Literal["tensor"] = (1, 128)
+    scaled: bool = True
 
     def __str__(self) -> str:
-        return f"{self.dtype} {self.block[0]}x{self.block[1]}"
+        block = "per tensor" if self.block == "tensor" else f"{self.block[0]}x{self.block[1]}"
+        return f"{self.dtype} {block}" + ("" if self.scaled else ", unscaled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +64,7 @@ class FP8Recipe:
             optimizer of the run allows it.
         high_precision: parts of the model that stay in BF16, for the summary line.
         source: where the recipe is defined.
+        control: a negative control, meant to train badly: any casts, emulated only.
     """
 
     name: str
@@ -65,6 +76,7 @@ class FP8Recipe:
     param_gather: bool = True
     high_precision: tuple[str, ...] = ("embedding", "LM head", "norms", "attention")
     source: str = ""
+    control: bool = False
 
     def __post_init__(self) -> None:
         casts = (self.input, self.weight, self.grad_output)
@@ -75,7 +87,14 @@ class FP8Recipe:
                     "all be None; no GEMM on Hopper takes one FP8 and one BF16 operand"
                 )
             return
+        if self.control:
+            return
         blocks = tuple(cast.block for cast in casts if cast is not None)
+        if any(cast is not None and (cast.dtype != "e4m3" or not cast.scaled) for cast in casts):
+            raise UserError(
+                f"recipe '{self.name}': only scaled e4m3 has a block-scaled GEMM; other casts are for "
+                "negative controls (control=True), which are emulated"
+            )
         if blocks != ((1, 128), (128, 128), (1, 128)):
             raise UserError(
                 f"recipe '{self.name}': blocks {blocks} have no block-scaled GEMM; use 1x128 for "
@@ -106,6 +125,8 @@ class FP8Recipe:
         """One phrase for logs, such as `E4M3, power-of-two scales, fprop+dgrad+wgrad in FP8`."""
         if not self.is_fp8:
             return "BF16, no FP8"
+        if self.control:
+            return f"NEGATIVE CONTROL: {self.summary}"
         scales = {"power_of_two": "power-of-two (E8M0)", "float32": "FP32"}[self.scale_format]
         return (
             f"E4M3 weights 128x128, activations and gradients 1x128, {scales} scales, "
@@ -133,6 +154,27 @@ BF16 = FP8Recipe(
     param_gather=False,
     high_precision=("everything",),
     source="Megatron-LM without --fp8-format",
+)
+# Two ways of training badly, so that a comparison which passes them is known to prove nothing.
+CONTROL_1BIT = FP8Recipe(
+    name="control-1bit",
+    summary="negative control: infir2 with one mantissa bit instead of three",
+    input=Cast(dtype="e4m1", block=(1, 128)),
+    weight=Cast(dtype="e4m1", block=(128, 128)),
+    grad_output=Cast(dtype="e4m1", block=(1, 128)),
+    param_gather=False,
+    source="docs/proof.md",
+    control=True,
+)
+CONTROL_E5M2 = FP8Recipe(
+    name="control-e5m2",
+    summary="negative control: E5M2 everywhere, one scale of 1 for each tensor",
+    input=Cast(dtype="e5m2", block="tensor", scaled=False),
+    weight=Cast(dtype="e5m2", block="tensor", scaled=False),
+    grad_output=Cast(dtype="e5m2", block="tensor", scaled=False),
+    param_gather=False,
+    source="docs/proof.md",
+    control=True,
 )
 
 

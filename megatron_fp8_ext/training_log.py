@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|")
 _FIELD = re.compile(r"([A-Za-z][A-Za-z /()_-]*?):?\s*:\s*([-+.\dEeinfa]+) \|")
+_THROUGHPUT = "throughput per GPU (TFLOP/s/GPU)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class Iteration:
         learning_rate: of this iteration.
         milliseconds: mean time of an iteration of the interval.
         grad_norm: global gradient norm; None where not printed.
+        global_batch_size: samples of the iteration; None where not printed.
+        teraflops: TFLOP/s for each GPU by Megatron's count (`--log-throughput`); None without.
     """
 
     number: int
@@ -30,6 +33,8 @@ class Iteration:
     learning_rate: float
     milliseconds: float
     grad_norm: float | None
+    global_batch_size: int | None = None
+    teraflops: float | None = None
 
 
 def parse_line(line: str) -> Iteration | None:
@@ -41,6 +46,7 @@ def parse_line(line: str) -> Iteration | None:
     if "learning rate" not in fields:
         return None
     loss, norm = fields.get("lm loss"), fields.get("grad norm")
+    batch, teraflops = fields.get("global batch size"), fields.get(_THROUGHPUT)
     return Iteration(
         number=int(match.group(1)),
         total=int(match.group(2)),
@@ -48,6 +54,8 @@ def parse_line(line: str) -> Iteration | None:
         learning_rate=float(fields["learning rate"]),
         milliseconds=float(fields.get("elapsed time per iteration (ms)", "nan")),
         grad_norm=None if norm is None else float(norm),
+        global_batch_size=None if batch is None else int(batch),
+        teraflops=None if teraflops is None else float(teraflops),
     )
 
 

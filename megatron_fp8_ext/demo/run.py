@@ -1,27 +1,19 @@
-"""The demo's steps: corpus, two training runs through Megatron's own loop, table, page."""
+"""The demo: a corpus and a command for `proof`, which trains in both precisions and makes the page."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import shutil
-import statistics
-import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from megatron_fp8_ext import training_log
 from megatron_fp8_ext.demo import text
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.training_log import Iteration
+from megatron_fp8_ext.proof import page, plan, report, run
 
 RECIPES = ("bf16", "infir2")
 ENTRY = "megatron_fp8_ext.megatron_plugin.pretrain_gpt"
@@ -43,40 +35,15 @@ TRAINING = (
 ).split()
 
 
-@dataclass(frozen=True)
-class Result:
-    """One finished run."""
-
-    recipe: str
-    iterations: list[Iteration]
-    seconds: float
-    checkpoint: Path
-    log: Path
-
-    @property
-    def final_loss(self) -> float:
-        """Mean loss of the last tenth of the iterations."""
-        losses = [i.loss for i in self.iterations if i.loss is not None]
-        return statistics.fmean(losses[-max(len(losses) // 10, 1) :])
-
-    @property
-    def milliseconds(self) -> float:
-        """Median time of an iteration after the first three."""
-        return statistics.median(i.milliseconds for i in self.iterations[3:])
-
-
-def command(recipe: str, data: Path, save: Path, iterations: int) -> list[str]:
-    """Return the training command of one run: what a user types, with our one flag at its end."""
+def command(data: Path, iterations: int) -> list[str]:
+    """Return the training command: what a user types, without the one flag that is ours."""
     schedule = (
         f"--train-iters {iterations} --lr-decay-style WSD --lr-wsd-decay-style cosine "
         f"--lr-warmup-iters {max(iterations // 10, 1)} --lr-wsd-decay-iters {iterations // 4} "
-        f"--save-interval {iterations}"
+        f"--save-interval {iterations} --save checkpoints"
     ).split()
     where = ["--data-path", str(data), "--data-cache-path", str(data.parent / "cache")]
-    return [
-        sys.executable, "-m", ENTRY, *MODEL, *TRAINING, *schedule, *where,
-        "--save", str(save), "--fp8-recipe", recipe,
-    ]  # fmt: skip
+    return [sys.executable, "-m", ENTRY, *MODEL, *TRAINING, *schedule, *where]
 
 
 def main(output: Path, iterations: int) -> None:
@@ -87,95 +54,40 @@ def main(output: Path, iterations: int) -> None:
     """
     if iterations < 20:
         raise UserError(f"--iterations {iterations}: the curves need at least 20")
-    from megatron_fp8_ext.demo import page  # before training: a missing package should cost nothing
-
+    page.require()  # before training: a missing package should cost nothing
     console = Console()
-    data = _corpus(output / "corpus" / "text", console)
-    results = [_train(recipe, data, output, iterations, console) for recipe in RECIPES]
-    _table(results, console)
-    written = page.write(output / "report.html", results)
-    console.print(f"page: {written}", soft_wrap=True)
+    argv = command(corpus(output / "corpus" / "text", console), iterations)
+    members = plan.plan(argv, RECIPES, 1, iterations, output)
+    for member in members:
+        shutil.rmtree(
+            member.folder, ignore_errors=True
+        )  # an earlier demo's; it starts from scratch
+    run.execute(members, console)
+    found = report.write([output], output, console)
+    for each in found.runs:
+        if each.run.status != "finished":
+            raise UserError(
+                f"the {each.run.recipe} run stopped after {max(each.run.iterations, default=0)} of "
+                f"{iterations} iterations: {each.run.why}; its log is {each.run.folder / 'log.txt'}"
+            )
+        place = each.run.folder / "checkpoints" / f"iter_{iterations:07d}"
+        console.print(f"{each.run.recipe}: checkpoint {place}", soft_wrap=True)
 
 
-def _corpus(prefix: Path, console: Console) -> Path:
+def corpus(prefix: Path, console: Console) -> Path:
+    """Write the corpus once and return its prefix."""
     if prefix.with_suffix(".idx").is_file():
         console.print(f"corpus: {prefix} (from an earlier run)", soft_wrap=True)
         return prefix
-    from megatron_fp8_ext.megatron_plugin import corpus
+    from megatron_fp8_ext.megatron_plugin.corpus import write_indexed
 
     tokenizer = text.tokenizer_file()
     with console.status("tokenizing CPython's documentation and library with SmolLM2's tokenizer"):
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")  # Megatron warns of what it does not find on a CPU
-            written = corpus.write_indexed(text.documents(), str(tokenizer), prefix)
+            written = write_indexed(text.documents(), str(tokenizer), prefix)
     console.print(
         f"corpus: {prefix}, {written.documents} documents, {written.tokens:,} tokens",
         soft_wrap=True,
     )
     return prefix
-
-
-def _train(recipe: str, data: Path, output: Path, iterations: int, console: Console) -> Result:
-    save, log = output / recipe, output / f"{recipe}.log"
-    shutil.rmtree(save, ignore_errors=True)  # an earlier demo's; it starts from scratch
-    found: list[Iteration] = []
-    start = time.monotonic()
-    columns = (
-        TextColumn("{task.description:>6}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[note]}"),
-        TimeRemainingColumn(),
-    )
-    argv = command(recipe, data, save, iterations)
-    with Progress(*columns, console=console) as bar, log.open("w") as file:
-        task = bar.add_task(recipe, total=iterations, note="starting")
-        process = subprocess.Popen(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-        assert process.stdout is not None
-        file.write(f"$ {' '.join(argv)}\n")
-        for line in process.stdout:
-            file.write(line)
-            if line.startswith("megatron_fp8_ext: no GPU"):
-                bar.console.print(line.strip(), soft_wrap=True)
-            iteration = training_log.parse_line(line)
-            if iteration is not None:
-                found.append(iteration)
-                shown = "skipped" if iteration.loss is None else f"loss {iteration.loss:.3f}"
-                bar.update(task, completed=iteration.number, note=shown)
-        code = process.wait()
-    if code != 0 or len(found) != iterations:
-        raise UserError(
-            f"the {recipe} run stopped with exit code {code} after {len(found)} of {iterations} "
-            f"iterations: {_last_words(log)}; the whole log is {log}"
-        )
-    checkpoint = save / f"iter_{iterations:07d}"
-    return Result(recipe, found, time.monotonic() - start, checkpoint, log)
-
-
-def _last_words(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line or "error:" in line]
-    return (errors or lines or ["no output"])[-1]
-
-
-def _table(results: Sequence[Result], console: Console) -> None:
-    table = Table(
-        "recipe", "first loss", "final loss", "gap to BF16", "ms/iteration", "time", box=None
-    )
-    base = results[0].final_loss
-    for result in results:
-        gap = (result.final_loss - base) / base
-        table.add_row(
-            result.recipe,
-            f"{result.iterations[0].loss:.4f}",
-            f"{result.final_loss:.4f}",
-            "" if result is results[0] else f"{gap:+.2%}",
-            f"{result.milliseconds:.0f}",
-            f"{result.seconds:.0f} s",
-        )
-    console.print(table)
-    for result in results:
-        console.print(
-            f"{result.recipe}: checkpoint {result.checkpoint}, log {result.log}", soft_wrap=True
-        )

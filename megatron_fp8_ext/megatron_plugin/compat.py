@@ -44,6 +44,23 @@ def distribution_version(name: str) -> str | None:
         return None
 
 
+def versions() -> dict[str, str]:
+    """Return what a run's numbers depend on: versions of the stack, and the device."""
+    import torch
+
+    import megatron_fp8_ext
+
+    on_gpu = torch.cuda.is_available()
+    return {
+        "megatron_fp8_ext": megatron_fp8_ext.__version__,
+        "megatron": megatron_version(),
+        "torch": str(torch.__version__),
+        "transformer_engine": (distribution_version("transformer-engine") if on_gpu else None)
+        or "none",
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+    }
+
+
 def fp8_gap(
     transformer_engine: str | None,
     capability: tuple[int, int] | None,

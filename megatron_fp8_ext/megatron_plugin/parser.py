@@ -7,6 +7,7 @@ version from 0.14 on, so wrapping that one function reaches pretrain_gpt.py, sli
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,17 @@ def _describe(parser: argparse.ArgumentParser) -> None:
         flags.NO_PARAM_GATHER,
         action="store_true",
         help="keep the weights in BF16 and cast them at each use (same numbers, more memory)",
+    )
+    group.add_argument(
+        flags.STATS_INTERVAL,
+        type=int,
+        metavar="N",
+        help="every N iterations, write the error of each layer's FP8 casts (JSON, TensorBoard)",
+    )
+    group.add_argument(
+        flags.STATS_DIR,
+        metavar="DIR",
+        help="where to write it (default: --tensorboard-dir, or --save)",
     )
 
 
@@ -112,7 +124,10 @@ def _adopt(expansion: flags.Expansion, parsed: Any, argv: Sequence[str]) -> None
         os.environ[flags.RECIPE_VARIABLE] = expansion.recipe.name
     already_said = state.recipe is not None and state.recipe == expansion.recipe
     state.recipe, state.emulated = expansion.recipe, expansion.emulated
+    state.stats = expansion.stats
     if not already_said:
         seams = f" | seams: {', '.join(state.patches)}" if expansion.recipe is not None else ""
         for number, note in enumerate(expansion.notes):
             run.say(note + seams if number == 0 else note)
+        if expansion.recipe is not None or state.stats is not None:
+            run.say(f"versions: {json.dumps(compat.versions())}")

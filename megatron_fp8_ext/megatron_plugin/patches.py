@@ -15,7 +15,7 @@ from typing import Literal
 
 from megatron_fp8_ext.megatron_plugin import flags, import_hook, run
 
-When = Literal["always", "emulation", "cpu"]
+When = Literal["always", "emulation", "cpu", "stats"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,12 @@ def _precision(name: str) -> Callable[[ModuleType], None]:
         getattr(precision, name)(module)
 
     return apply
+
+
+def _taps(module: ModuleType) -> None:
+    from megatron_fp8_ext.megatron_plugin import taps
+
+    taps.wrap_train_step(module)
 
 
 def _cpu(name: str) -> Callable[[ModuleType], None]:
@@ -104,6 +110,15 @@ PATCHES: tuple[Patch, ...] = (
         delete_when="the wheel ships its Makefile, or checks for the compiled module",
         when="always",
         apply=_skip_missing_makefile,
+    ),
+    Patch(
+        module="megatron.training.training",
+        symbol="train_step",
+        reason="samples the error of the FP8 casts every N iterations (--fp8-stats-interval)",
+        versions="0.14-0.19",
+        delete_when="Megatron has a callback around its training step",
+        when="stats",
+        apply=_taps,
     ),
     Patch(
         module="megatron.core.tensor_parallel.layers",
@@ -195,7 +210,12 @@ def register() -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     run.current.on_cpu = on_cpu
     emulation = on_cpu or flags.EMULATE in sys.argv
-    active: dict[When, bool] = {"always": True, "emulation": emulation, "cpu": on_cpu}
+    active: dict[When, bool] = {
+        "always": True,
+        "emulation": emulation,
+        "cpu": on_cpu,
+        "stats": any(token.startswith(flags.STATS_INTERVAL) for token in sys.argv),
+    }
     for patch in PATCHES:
         if active[patch.when]:
             import_hook.after_import(patch.module, _applier(patch))

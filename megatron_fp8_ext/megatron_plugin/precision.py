@@ -27,9 +27,9 @@ def fp8_context(module: ModuleType) -> None:
             return native_context(config, layer_no, is_init)
         if is_init or compat.layer_stays_bf16(config, layer_no):
             return contextlib.nullcontext()
-        from megatron_fp8_ext.fp8 import emulation
+        from megatron_fp8_ext.fp8 import casts, emulation
 
-        return emulation.autocast(recipe.scale_format)
+        return emulation.autocast(recipe.scale_format, casts.of_recipe(recipe))
 
     def get_fp8_recipe(config: Any) -> Any:
         built = native_recipe(config)
@@ -83,8 +83,8 @@ def emulated_linear(module: ModuleType) -> None:
     ) -> Any:
         from megatron_fp8_ext.fp8 import emulation
 
-        scale_format = emulation.active_scale_format()
-        if scale_format is None:
+        operands = emulation.active_casts()
+        if operands is None:
             return native(
                 input,
                 weight,
@@ -101,7 +101,14 @@ def emulated_linear(module: ModuleType) -> None:
 
             group = parallel_state.get_tensor_model_parallel_group()
         return emulation.EmulatedLinear.apply(
-            input, weight, bias, allreduce_dgrad, sequence_parallel, group, scale_format
+            input,
+            weight,
+            bias,
+            allreduce_dgrad,
+            sequence_parallel,
+            group,
+            operands.scale_format,
+            operands,
         )
 
     def frozen(input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from megatron_fp8_ext.recipe import FP8Recipe
+
+if TYPE_CHECKING:
+    from megatron_fp8_ext.megatron_plugin.flags import Stats
 
 
 @dataclass
@@ -18,6 +22,7 @@ class Run:
         emulated: whether its GEMMs are emulated.
         on_cpu: whether Megatron runs without a GPU.
         patches: names of the upstream symbols replaced so far.
+        stats: interval and folder of the numerics taps; None without them.
         wants_cpu: an entry script of ours runs, which trains without a GPU even in BF16.
     """
 
@@ -26,6 +31,7 @@ class Run:
     on_cpu: bool = False
     patches: list[str] = field(default_factory=list)
     wants_cpu: bool = False
+    stats: Stats | None = None
 
 
 current = Run()

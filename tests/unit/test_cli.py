@@ -32,7 +32,7 @@ def cli(*argv: str, **env: str):
     [
         ["--help"], ["--version"], ["list"], ["list", "losses"], ["show", "infir2"],
         ["expand", "--", "--bf16", "--use-distributed-optimizer", "--fp8-recipe", "infir2"],
-        ["data", "tokenize", "--help"],
+        ["data", "tokenize", "--help"], ["compare", "--help"], ["report", "--help"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -67,6 +67,10 @@ def test_expand_prints_a_command_to_paste():
         (["list", "recipies"], "unknown kind"),
         (["expand", "--", "--bf16", "--fp16", "--fp8-recipe", "infir2"], "contradicts --fp16"),
         (["demo", "--iterations", "3"], "at least 20"),
+        (["compare", "--output", "x"], "compare what?"),
+        (["compare", "--output", "x", "qwen2.5-7b-cpt"], "alone is no training command"),
+        (["compare", "--output", "x", "demo", "--lr", "1"], "demo takes no flags"),
+        (["report", "/nowhere"], "no member.json"),
     ],
 )
 def test_bad_input_is_one_line(argv, words):

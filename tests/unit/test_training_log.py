@@ -12,8 +12,14 @@ LINE = (
 
 def test_megatrons_line():
     assert training_log.parse_line(LINE) == training_log.Iteration(
-        number=10, total=40, loss=5.40481, learning_rate=1e-5, milliseconds=112.4, grad_norm=1.783
-    )
+        number=10, total=40, loss=5.40481, learning_rate=1e-5, milliseconds=112.4, grad_norm=1.783,
+        global_batch_size=4,
+    )  # fmt: skip
+
+
+def test_throughput():
+    line = LINE.replace("(ms): 112.4 |", "(ms): 112.4 | throughput per GPU (TFLOP/s/GPU): 401.5 |")
+    assert training_log.parse_line(line).teraflops == 401.5
 
 
 def test_skipped_step_has_no_loss():

@@ -1,0 +1,365 @@
+"""Run the members of a comparison, one after the other or one on each group of GPUs.
+
+A member's folder holds `member.json` (what it is), `log.txt` (every attempt, appended) and `state.json`
+(how it ended). A finished member is never run again; a crashed or interrupted one is, from its last
+checkpoint where it writes any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_fp8_ext import training_log
+from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import write_atomically
+from megatron_fp8_ext.megatron_plugin import flags
+from megatron_fp8_ext.proof import plan, record
+from megatron_fp8_ext.proof.plan import Member
+from megatron_fp8_ext.recipe import TE_FP32_SCALES
+
+ATTEMPT = "$ "  # a line of the log that begins so is the command of an attempt
+_SAMPLES, _SAMPLE_BYTES = 64, 65536
+
+
+def execute(
+    members: Sequence[Member],
+    console: Console,
+    parallel: int | None = None,
+    score: str | None = None,
+) -> None:
+    """Run every member that has not finished.
+
+    Args:
+        members: from `plan.plan`.
+        console: for progress.
+        parallel: how many at once; None for one on each group of GPUs that a member needs.
+        score: command run after each finished run, with {checkpoints}, {folder}, {recipe} and {seed}
+            filled in; the last line it prints is a JSON object of numbers.
+
+    Raises:
+        UserError: a folder holds another comparison.
+        KeyboardInterrupt: after the running members were stopped and marked interrupted.
+    """
+    data = fingerprints(members[0].common) if members else {}
+    for member in members:
+        _claim(member, data)
+    left = [member for member in members if not _done(member, score)]
+    if len(left) < len(members):
+        console.print(f"{len(members) - len(left)} of {len(members)} runs had finished before")
+    places = _places(members, parallel)
+    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for place in places:
+        free.put(place)
+    stop = threading.Event()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with (
+        _termination_is_an_interrupt(),
+        Progress(*columns, console=console) as bar,
+        ThreadPoolExecutor(len(places)) as pool,
+    ):
+        futures = [pool.submit(_run, member, free, stop, bar, score) for member in left]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop.set()  # each worker ends its own child
+            raise
+
+
+def fingerprints(command: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return, for each corpus of the command, its size and a digest.
+
+    The digest covers the whole index (documents, lengths, order) and 64 evenly spaced pieces of
+    64 KiB of the tokens, so that it costs little on a corpus of terabytes.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for prefix in plan.data_prefixes(command):
+        digest = hashlib.sha256()
+        with prefix.with_name(prefix.name + ".idx").open("rb") as file:
+            for piece in iter(lambda f=file: f.read(1 << 20), b""):  # type: ignore[misc]
+                digest.update(piece)
+        tokens = prefix.with_name(prefix.name + ".bin")
+        size = tokens.stat().st_size
+        with tokens.open("rb") as file:
+            for index in range(_SAMPLES):
+                file.seek(max(size - _SAMPLE_BYTES, 0) * index // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+        found[prefix.name] = {"bytes": size, "sha256": digest.hexdigest()}
+    return found
+
+
+def _claim(member: Member, data: dict[str, Any]) -> None:
+    """Write what the member is, or check that its folder holds the same one."""
+    member.folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        "recipe": member.choice.label,
+        "is_fp8": member.choice.is_fp8,
+        "control": member.choice.control,
+        "seed": member.seed,
+        "steps": member.steps,
+        "common": list(member.common),
+        "argv": list(member.argv),
+        "data": data,
+    }
+    file = member.folder / record.MEMBER
+    if file.is_file():
+        difference = record.first_difference(json.loads(file.read_text()), described)
+        if difference is not None:
+            raise UserError(
+                f"{member.folder} holds another run: {difference}; give another --output, or delete it"
+            )
+        return
+    write_atomically(file, json.dumps(described, indent=1))
+
+
+def _places(members: Sequence[Member], parallel: int | None) -> list[str | None]:
+    """Return one value of CUDA_VISIBLE_DEVICES for each run at a time; [None] leaves it alone."""
+    devices = _visible_gpus()
+    needed = _processes(members[0].common) if members else 1
+    if parallel is None:
+        parallel = max(len(devices) // needed, 1)
+    if parallel > 1 and devices and parallel * needed > len(devices):
+        raise UserError(
+            f"--parallel {parallel} runs of {needed} processes need {parallel * needed} GPUs; "
+            f"{len(devices)} are visible"
+        )
+    if len(devices) < needed or len(devices) <= 1 or parallel == 1:
+        return [None] * parallel
+    return [",".join(devices[i * needed : (i + 1) * needed]) for i in range(parallel)]
+
+
+def _visible_gpus() -> list[str]:
+    written = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if written is not None:
+        return [name for name in written.split(",") if name]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return [str(i) for i, line in enumerate(done.stdout.splitlines()) if line.startswith("GPU ")]
+
+
+def _launcher(command: Sequence[str]) -> int | None:
+    """Index of torchrun, or of the module of the same, in the command."""
+    for index, word in enumerate(command):
+        if Path(word).name == "torchrun" or word == "torch.distributed.run":
+            return index
+    return None
+
+
+def _processes(command: Sequence[str]) -> int:
+    """Processes of one run on this machine."""
+    at = _launcher(command)
+    if at is None:
+        return 1
+    for flag in ("--nproc-per-node", "--nproc_per_node"):
+        for index, word in enumerate(command[at:], at):
+            value = word.partition("=")[2] if word.startswith(flag + "=") else None
+            if word == flag:
+                value = command[index + 1]
+            if value is not None and value.isdigit():
+                return int(value)
+    return 1
+
+
+def _with_free_port(argv: Sequence[str]) -> list[str]:
+    """Give torchrun a port of its own, unless the command says where to meet."""
+    at = _launcher(argv)
+    if at is None or any(w.startswith(("--master", "--rdzv", "--standalone")) for w in argv):
+        return list(argv)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [*argv[: at + 1], f"--master-port={port}", *argv[at + 1 :]]
+
+
+def _done(member: Member, score: str | None) -> bool:
+    scored = score is None or (member.folder / record.SCORES).is_file()
+    return record.status(member.folder) == "finished" and scored
+
+
+def _run(
+    member: Member,
+    free: queue.SimpleQueue[str | None],
+    stop: threading.Event,
+    bar: Progress,
+    score: str | None,
+) -> None:
+    if stop.is_set():
+        return
+    place = free.get()
+    try:
+        if record.status(member.folder) != "finished":
+            _attempt(member, place, stop, bar)
+        if score is not None and record.status(member.folder) == "finished":
+            _score(member, place, score)
+    finally:
+        free.put(place)
+
+
+def _attempt(member: Member, place: str | None, stop: threading.Event, bar: Progress) -> None:
+    tracker = member.checkpoints / "latest_checkpointed_iteration.txt"
+    argv = _with_free_port(member.resumed() if tracker.is_file() else member.argv)
+    log = member.folder / "log.txt"
+    task = bar.add_task(member.name, total=member.steps, note="starting")
+    start, last = time.monotonic(), 0
+    _write_state(member, status="running")
+    with log.open("a") as file:
+        file.write(f"{ATTEMPT}{shlex.join(argv)}\n")
+        file.flush()
+        try:
+            process = subprocess.Popen(
+                argv,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=_environment(place),
+                start_new_session=True,
+            )
+        except OSError as error:
+            file.write(f"{error}\n")
+            _write_state(member, status="crashed", last_words=str(error))
+            bar.update(task, note=f"[red]crashed[/]: {error}")
+            return
+        watcher = threading.Thread(target=_end_on, args=(stop, process), daemon=True)
+        watcher.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            iteration = training_log.parse_line(line)
+            if iteration is not None:
+                last = iteration.number
+                loss = iteration.loss
+                shown = "skipped" if loss is None else f"loss {loss:.3f}"
+                bar.update(task, completed=last, note=shown)
+        # wait4 knows the largest resident set among the member's processes.
+        _, waited, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(waited)
+    code = process.returncode
+    if code == 0 and last == member.steps:
+        status, words = "finished", ""
+    elif stop.is_set():
+        status, words = "interrupted", f"stopped by the user after iteration {last}"
+    else:
+        status, words = "crashed", _last_words(log) or f"exit code {code}"
+    _write_state(
+        member,
+        status=status,
+        exit_code=code,
+        last_iteration=last,
+        seconds=round(time.monotonic() - start, 1),
+        peak_resident_mb=round(usage.ru_maxrss / 1024),
+        last_words=words,
+    )
+    if status != "finished":
+        bar.update(task, note=f"[red]{status}[/]: {words[:90]}")
+
+
+def _score(member: Member, place: str | None, command: str) -> None:
+    """Run the score command and keep what it measured.
+
+    Raises:
+        UserError: it failed, or its last line is no JSON object of numbers.
+    """
+    places = {
+        "{checkpoints}": str(member.checkpoints),
+        "{folder}": str(member.folder),
+        "{recipe}": member.choice.label,
+        "{seed}": str(member.seed),
+    }
+    words = shlex.split(command)
+    for name, value in places.items():
+        words = [word.replace(name, value) for word in words]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, env=_environment(place))
+    except OSError as error:
+        raise UserError(f"--score: {error}") from error
+    (member.folder / "score.txt").write_text(done.stdout + done.stderr)
+    lines = done.stdout.strip().splitlines()
+    try:
+        found: Any = json.loads(lines[-1]) if done.returncode == 0 and lines else None
+        scores = {str(name): float(value) for name, value in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--score of {member.name} ended with exit code {done.returncode} and no JSON object of numbers "
+            f"in its last line; its output is {member.folder / 'score.txt'}"
+        ) from error
+    write_atomically(member.folder / record.SCORES, json.dumps(scores))
+
+
+def _write_state(member: Member, **state: Any) -> None:
+    write_atomically(member.folder / record.STATE, json.dumps(state))
+
+
+def _environment(place: str | None) -> dict[str, str]:
+    """The environment, without what another run's recipe may have left in it."""
+    pinned = (flags.RECIPE_VARIABLE, TE_FP32_SCALES)
+    env = {name: value for name, value in os.environ.items() if name not in pinned}
+    env["PYTHONUNBUFFERED"] = "1"
+    if place is not None:
+        env["CUDA_VISIBLE_DEVICES"] = place
+    return env
+
+
+def _end_on(stop: threading.Event, process: subprocess.Popen[str]) -> None:
+    """End the process and its children when `stop` is set; return when it has ended by itself."""
+    while not stop.wait(0.5):
+        if process.returncode is not None:
+            return
+    for sent, patience in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 0.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sent)
+        deadline = time.monotonic() + patience
+        while process.returncode is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if process.returncode is not None:
+            return
+
+
+@contextlib.contextmanager
+def _termination_is_an_interrupt() -> Iterator[None]:
+    """SIGTERM (a scheduler's time limit) stops the members as Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    outer = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, outer)
+
+
+def _last_words(log: Path) -> str:
+    """The line of the last attempt that most likely says why it ended."""
+    text = log.read_text(errors="replace").rpartition(f"\n{ATTEMPT}")[2]
+    lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
+    errors = [line for line in lines if "Error" in line or "error:" in line]
+    return (errors or lines or [""])[-1]
