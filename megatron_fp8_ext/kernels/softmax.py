@@ -1,7 +1,7 @@
 """Softmax over a vocabulary that arrives in slices: running statistics, then the gradient in place.
 
-Both functions work on a slice of logits `[N, V]` that starts at vocabulary index `first`; Triton on a
-GPU, the same arithmetic in torch elsewhere (`linear_cross_entropy` picks).
+Both functions work on a slice of logits `[N, V]` that starts at vocabulary index `first`. `softmax_torch`
+has the same two for machines without Triton.
 """
 
 from __future__ import annotations
@@ -97,27 +97,3 @@ def gradient(logits: Tensor, target: Tensor, lse: Tensor, dloss: Tensor, first: 
     _gradient_kernel[(rows, triton.cdiv(columns, width))](
         logits, target, lse, dloss, first, columns, stride, WIDTH=width, num_warps=8
     )
-
-
-def statistics_torch(
-    logits: Tensor, target: Tensor, largest: Tensor, total: Tensor, predicted: Tensor, first: int
-) -> None:
-    """`statistics` in torch, on any device."""
-    x = logits.float()
-    higher = torch.maximum(largest, x.amax(dim=1))
-    shift = higher.masked_fill(higher == -torch.inf, 0.0)
-    total.mul_(torch.exp(largest - shift)).add_(torch.exp(x - shift[:, None]).sum(dim=1))
-    largest.copy_(higher)
-    index = target - first
-    mine = (index >= 0) & (index < logits.shape[1])
-    value = x.gather(1, index.masked_fill(~mine, 0)[:, None])[:, 0]
-    predicted.copy_(torch.where(mine, value, predicted))
-
-
-def gradient_torch(logits: Tensor, target: Tensor, lse: Tensor, dloss: Tensor, first: int) -> None:
-    """`gradient` in torch, on any device."""
-    p = torch.exp(logits.float() - lse[:, None])
-    index = target - first
-    mine = (index >= 0) & (index < logits.shape[1])
-    p.scatter_add_(1, index.masked_fill(~mine, 0)[:, None], -mine.float()[:, None])
-    logits.copy_(p.mul_(dloss[:, None]))
