@@ -8,12 +8,12 @@ error that names both flags.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.checkpoint.layout import CheckpointLayout
 from megatron_fp8_ext.errors import UserError, unknown_name
-from megatron_fp8_ext.megatron_plugin import arguments
+from megatron_fp8_ext.megatron_plugin import arguments, linear_loss
 from megatron_fp8_ext.megatron_plugin.refusals import REFUSALS, WITHOUT_EFFECT
 from megatron_fp8_ext.recipe import TE_BACKWARD_OVERRIDE, FP8Recipe, get_recipe
 
@@ -95,6 +95,7 @@ class Expansion:
         recipe: the recipe asked for; None if the run asks for none of ours.
         emulated: whether the recipe is emulated.
         notes: lines for rank 0, the first one the summary.
+        chunked_loss: whether head and loss run in slices of the vocabulary.
     """
 
     argv: tuple[str, ...]
@@ -102,6 +103,7 @@ class Expansion:
     recipe: FP8Recipe | None = None
     emulated: bool = False
     notes: tuple[str, ...] = ()
+    chunked_loss: bool = False
 
 
 def requested(argv: Sequence[str], environ: Mapping[str, str]) -> str | None:
@@ -116,6 +118,14 @@ def expand(argv: Sequence[str], facts: Facts) -> Expansion:
     Raises:
         UserError: unknown recipe; a flag that contradicts it; a machine that cannot compute it.
     """
+    argv, chunked_loss = linear_loss.take(argv)
+    expansion = _expand_recipe(argv, facts)
+    if not chunked_loss:
+        return expansion
+    return replace(expansion, chunked_loss=True, notes=(*expansion.notes, linear_loss.NOTE))
+
+
+def _expand_recipe(argv: Sequence[str], facts: Facts) -> Expansion:
     name = requested(argv, facts.environ)
     if name is None:
         return _expand_native(argv, facts)

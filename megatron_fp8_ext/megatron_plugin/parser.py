@@ -16,7 +16,7 @@ from typing import Any
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.checkpoint import layout
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.megatron_plugin import arguments, checks, compat, flags, run
+from megatron_fp8_ext.megatron_plugin import arguments, checks, compat, flags, linear_loss, run
 
 
 def wrap_add_megatron_arguments(module: ModuleType) -> None:
@@ -54,6 +54,12 @@ def _describe(parser: argparse.ArgumentParser) -> None:
         flags.NO_PARAM_GATHER,
         action="store_true",
         help="keep the weights in BF16 and cast them at each use (same numbers, more memory)",
+    )
+    group.add_argument(
+        linear_loss.FLAG,
+        choices=linear_loss.VALUES,
+        default="off",
+        help="compute LM head and loss together, in slices of the vocabulary (less memory)",
     )
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from megatron_fp8_ext.megatron_plugin import flags, import_hook, run
+from megatron_fp8_ext.megatron_plugin import arguments, flags, import_hook, linear_loss, run
 
-When = Literal["always", "emulation", "cpu"]
+When = Literal["always", "emulation", "cpu", "chunked loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,15 @@ PATCHES: tuple[Patch, ...] = (
         apply=_precision("emulated_linear"),
     ),
     Patch(
+        module="megatron.core.models.gpt.gpt_model",
+        symbol="GPTModel._postprocess",
+        reason="head and loss together in slices of the vocabulary, without full logits",
+        versions="0.14-0.19",
+        delete_when="Megatron has a linear cross-entropy for tensor-parallel vocabularies",
+        when="chunked loss",
+        apply=linear_loss.postprocess,
+    ),
+    Patch(
         module="megatron.core.recompute",
         symbol="te_checkpoint",
         reason="full recomputation under FP8 calls TransformerEngine's checkpoint",
@@ -195,7 +204,12 @@ def register() -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     run.current.on_cpu = on_cpu
     emulation = on_cpu or flags.EMULATE in sys.argv
-    active: dict[When, bool] = {"always": True, "emulation": emulation, "cpu": on_cpu}
+    active: dict[When, bool] = {
+        "always": True,
+        "emulation": emulation,
+        "cpu": on_cpu,
+        "chunked loss": arguments.value(sys.argv[1:], linear_loss.FLAG) == "chunked",
+    }
     for patch in PATCHES:
         if active[patch.when]:
             import_hook.after_import(patch.module, _applier(patch))
