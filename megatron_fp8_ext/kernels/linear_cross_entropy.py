@@ -69,9 +69,7 @@ def linear_cross_entropy(
         )
     if parts == 1:
         group, sequence_parallel = None, False
-    loss: Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, target, group, sequence_parallel, rows
-    )
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, target, group, sequence_parallel, rows)
     return loss
 
 

@@ -6,7 +6,6 @@ has the same two for machines without Triton.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -17,7 +17,9 @@ from megatron_fp8_ext.megatron_plugin import arguments, run
 
 FLAG = "--linear-cross-entropy"
 VALUES = ("off", "chunked")
-NOTE = f"{FLAG} chunked: head and loss in slices of the vocabulary (four head GEMMs, no full logits)"
+NOTE = (
+    f"{FLAG} chunked: head and loss in slices of the vocabulary (four head GEMMs, no full logits)"
+)
 
 # Flags that want the logits, or another loss.
 CONTRADICTIONS: dict[str, str] = {

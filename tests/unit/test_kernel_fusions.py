@@ -112,7 +112,9 @@ def test_rmsnorm_backward(shape, residual):
     x, w = random(*shape), random(shape[1], seed=2)
     dy = random(*shape, scale=1e-3, seed=3)
     past = random(*shape, scale=1e-3, seed=4) if residual else None
-    rstd = rmsnorm.rmsnorm_cast(x, w, EPS, "power_of_two", rows=False, columns=False, keep=True).rstd
+    rstd = rmsnorm.rmsnorm_cast(
+        x, w, EPS, "power_of_two", rows=False, columns=False, keep=True
+    ).rstd
     got = rmsnorm.rmsnorm_backward_cast(dy, x, w, rstd, "power_of_two", residual=past)
     check_cast(got.cast, got.dx, "power_of_two")
 

@@ -126,7 +126,9 @@ def test_triton_softmax_is_the_torch_one(dtype):
         module.gradient(gradient, target, lse, torch.linspace(0, 1, 9, device=DEVICE), 700)
         results.append((*state, gradient.float()))
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6
+        )
 
 
 def _rank(rank, port, sequence_parallel, dtype):
