@@ -34,7 +34,7 @@ def plain(hidden, weight, target):
 @pytest.mark.parametrize("rows", [None, 1, 128, 333, V])
 @pytest.mark.parametrize(
     ("dtype", "loss_error", "grad_error"),
-    [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 1e-5, 6e-3)],
+    [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 1e-5, 6e-3)],
     ids=["fp32", "bf16"],
 )
 def test_loss_and_gradients(dtype, loss_error, grad_error, rows):
