@@ -27,6 +27,5 @@ def autoload() -> None:
 def _asked(argv: list[str]) -> bool:
     if os.environ.get("MEGATRON_FP8_EXT_RECIPE"):
         return True
-    return any(
-        token.startswith(("--fp8-recipe", "--fp8-emulate", "--fp8-stats-")) for token in argv
-    )
+    ours = ("--fp8-recipe", "--fp8-emulate", "--fp8-stats-", "--linear-cross-entropy")
+    return any(token.startswith(ours) for token in argv)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fp8_ext import __version__, registry
-from megatron_fp8_ext.commands import compare, data
+from megatron_fp8_ext.commands import bench, compare, data
 from megatron_fp8_ext.errors import UserError, unknown_name
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.command(context_settings=compare.CONTEXT)(compare.compare)
 app.command("report")(compare.report_)

@@ -71,7 +71,11 @@ def free_port() -> int:
 
 def run(argv: list[str], timeout: int = 400, **env: str) -> Outcome:
     """Run a command with a clean environment of our variables, and parse its log."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MEGATRON_FP8", "NVTE_"))}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("MEGATRON_FP8", "NVTE_", "TRITON_"))
+    }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         clean.pop(name, None)
     path = os.pathsep.join(filter(None, (str(ROOT), clean.get("PYTHONPATH"))))

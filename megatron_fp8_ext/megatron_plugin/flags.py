@@ -13,15 +13,13 @@ from dataclasses import dataclass, field, replace
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.checkpoint.layout import CheckpointLayout
 from megatron_fp8_ext.errors import UserError, unknown_name
-from megatron_fp8_ext.megatron_plugin import arguments
+from megatron_fp8_ext.megatron_plugin import arguments, linear_loss, stats_flags
 from megatron_fp8_ext.megatron_plugin.refusals import REFUSALS, WITHOUT_EFFECT
 from megatron_fp8_ext.recipe import TE_BACKWARD_OVERRIDE, FP8Recipe, get_recipe
 
 RECIPE = "--fp8-recipe"
 EMULATE = "--fp8-emulate"
 NO_PARAM_GATHER = "--no-fp8-param-gather"
-STATS_INTERVAL = "--fp8-stats-interval"
-STATS_DIR = "--fp8-stats-dir"
 # The way in where no command line reaches: a Ray actor's sys.argv is Ray's own.
 RECIPE_VARIABLE = "MEGATRON_FP8_EXT_RECIPE"
 OWN_FLAGS = (EMULATE, NO_PARAM_GATHER)
@@ -87,14 +85,6 @@ class Facts:
     megatron: str = "unknown"
 
 
-@dataclass(frozen=True)
-class Stats:
-    """Numerics taps: sample every `interval` iterations into JSON lines under `directory`."""
-
-    interval: int
-    directory: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class Expansion:
     """The native command.
@@ -106,6 +96,7 @@ class Expansion:
         emulated: whether the recipe is emulated.
         notes: lines for rank 0, the first one the summary.
         stats: the numerics taps; None without them.
+        chunked_loss: whether head and loss run in slices of the vocabulary.
     """
 
     argv: tuple[str, ...]
@@ -113,7 +104,8 @@ class Expansion:
     recipe: FP8Recipe | None = None
     emulated: bool = False
     notes: tuple[str, ...] = ()
-    stats: Stats | None = None
+    stats: stats_flags.Stats | None = None
+    chunked_loss: bool = False
 
 
 def requested(argv: Sequence[str], environ: Mapping[str, str]) -> str | None:
@@ -128,40 +120,16 @@ def expand(argv: Sequence[str], facts: Facts) -> Expansion:
     Raises:
         UserError: unknown recipe; a flag that contradicts it; a machine that cannot compute it.
     """
-    if not arguments.has(argv, STATS_INTERVAL) and not arguments.has(argv, STATS_DIR):
-        return _expand_recipe(argv, facts)
-    stats = _stats(argv)
-    for flag in (STATS_INTERVAL, STATS_DIR):
-        argv = arguments.without(argv, flag, takes_value=True)
+    argv, chunked_loss = linear_loss.take(argv)
+    argv, stats = stats_flags.take(argv)
     out = _expand_recipe(argv, facts)
-    asks_fp8 = out.recipe.is_fp8 if out.recipe else arguments.has(argv, "--fp8-format")
-    if not asks_fp8:
-        return replace(out, notes=(*out.notes, f"{STATS_INTERVAL}: BF16 casts nothing to sample"))
-    note = f"{STATS_INTERVAL} {stats.interval}: errors of the casts go to {stats.directory}"
-    return replace(out, stats=stats, notes=(*out.notes, note))
-
-
-def _stats(argv: Sequence[str]) -> Stats:
-    """Read the flags of the numerics taps."""
-    written = arguments.value(argv, STATS_INTERVAL)
-    if written is None or not written.isdigit() or int(written) == 0:
-        raise UserError(
-            f"{STATS_INTERVAL} {written or 'without a value'}: it takes a number of iterations, "
-            "such as 100"
-        )
-    graphs = arguments.first_written(argv, ("--enable-cuda-graph", "--external-cuda-graph"))
-    if arguments.value(argv, "--cuda-graph-impl") not in (None, "none"):
-        graphs = "--cuda-graph-impl"
-    if graphs is not None:
-        raise UserError(
-            f"{STATS_INTERVAL} contradicts {graphs}: a replayed graph runs no Python, so nothing "
-            "could be sampled; drop one of the two"
-        )
-    for flag in (STATS_DIR, "--tensorboard-dir", "--save"):
-        directory = arguments.value(argv, flag)
-        if directory is not None:
-            return Stats(int(written), directory)
-    raise UserError(f"{STATS_INTERVAL} has nowhere to write: add {STATS_DIR} DIR")
+    if stats is not None:
+        asks_fp8 = out.recipe.is_fp8 if out.recipe else arguments.has(argv, "--fp8-format")
+        note = stats.note if asks_fp8 else f"{stats_flags.INTERVAL}: BF16 casts nothing to sample"
+        out = replace(out, stats=stats if asks_fp8 else None, notes=(*out.notes, note))
+    if chunked_loss:
+        out = replace(out, chunked_loss=True, notes=(*out.notes, linear_loss.NOTE))
+    return out
 
 
 def _expand_recipe(argv: Sequence[str], facts: Facts) -> Expansion:

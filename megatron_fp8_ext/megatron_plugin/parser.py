@@ -17,7 +17,15 @@ from typing import Any
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.checkpoint import layout
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.megatron_plugin import arguments, checks, compat, flags, run
+from megatron_fp8_ext.megatron_plugin import (
+    arguments,
+    checks,
+    compat,
+    flags,
+    linear_loss,
+    run,
+    stats_flags,
+)
 
 
 def wrap_add_megatron_arguments(module: ModuleType) -> None:
@@ -57,15 +65,21 @@ def _describe(parser: argparse.ArgumentParser) -> None:
         help="keep the weights in BF16 and cast them at each use (same numbers, more memory)",
     )
     group.add_argument(
-        flags.STATS_INTERVAL,
+        stats_flags.INTERVAL,
         type=int,
         metavar="N",
         help="every N iterations, write the error of each layer's FP8 casts (JSON, TensorBoard)",
     )
     group.add_argument(
-        flags.STATS_DIR,
+        stats_flags.DIRECTORY,
         metavar="DIR",
         help="where to write it (default: --tensorboard-dir, or --save)",
+    )
+    group.add_argument(
+        linear_loss.FLAG,
+        choices=linear_loss.VALUES,
+        default="off",
+        help="compute LM head and loss together, in slices of the vocabulary (less memory)",
     )
 
 
@@ -126,8 +140,9 @@ def _adopt(expansion: flags.Expansion, parsed: Any, argv: Sequence[str]) -> None
     state.recipe, state.emulated = expansion.recipe, expansion.emulated
     state.stats = expansion.stats
     if not already_said:
-        seams = f" | seams: {', '.join(state.patches)}" if expansion.recipe is not None else ""
+        ours = expansion.recipe is not None or expansion.chunked_loss or state.stats is not None
+        seams = f" | seams: {', '.join(state.patches)}" if ours else ""
         for number, note in enumerate(expansion.notes):
             run.say(note + seams if number == 0 else note)
-        if expansion.recipe is not None or state.stats is not None:
+        if ours:
             run.say(f"versions: {json.dumps(compat.versions())}")

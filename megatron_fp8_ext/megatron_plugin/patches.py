@@ -13,9 +13,16 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from megatron_fp8_ext.megatron_plugin import flags, import_hook, run
+from megatron_fp8_ext.megatron_plugin import (
+    arguments,
+    flags,
+    import_hook,
+    linear_loss,
+    run,
+    stats_flags,
+)
 
-When = Literal["always", "emulation", "cpu", "stats"]
+When = Literal["always", "emulation", "cpu", "stats", "chunked loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +137,15 @@ PATCHES: tuple[Patch, ...] = (
         apply=_precision("emulated_linear"),
     ),
     Patch(
+        module="megatron.core.models.gpt.gpt_model",
+        symbol="GPTModel._postprocess",
+        reason="head and loss together in slices of the vocabulary, without full logits",
+        versions="0.14-0.19",
+        delete_when="Megatron has a linear cross-entropy for tensor-parallel vocabularies",
+        when="chunked loss",
+        apply=linear_loss.postprocess,
+    ),
+    Patch(
         module="megatron.core.recompute",
         symbol="te_checkpoint",
         reason="full recomputation under FP8 calls TransformerEngine's checkpoint",
@@ -214,7 +230,8 @@ def register() -> None:
         "always": True,
         "emulation": emulation,
         "cpu": on_cpu,
-        "stats": any(token.startswith(flags.STATS_INTERVAL) for token in sys.argv),
+        "stats": any(token.startswith(stats_flags.INTERVAL) for token in sys.argv),
+        "chunked loss": arguments.value(sys.argv[1:], linear_loss.FLAG) == "chunked",
     }
     for patch in PATCHES:
         if active[patch.when]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_fp8_ext.recipe import FP8Recipe
 
 if TYPE_CHECKING:
-    from megatron_fp8_ext.megatron_plugin.flags import Stats
+    from megatron_fp8_ext.megatron_plugin.stats_flags import Stats
 
 
 @dataclass

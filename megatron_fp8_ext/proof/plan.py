@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.errors import UserError, unknown_name
-from megatron_fp8_ext.megatron_plugin import arguments, flags
+from megatron_fp8_ext.megatron_plugin import arguments, flags, stats_flags
 from megatron_fp8_ext.recipe import get_recipe
 
 BASELINE = "bf16"
@@ -19,8 +19,8 @@ _OWN: dict[str, bool] = {
     flags.RECIPE: True,
     flags.EMULATE: False,
     flags.NO_PARAM_GATHER: False,
-    flags.STATS_INTERVAL: True,
-    flags.STATS_DIR: True,
+    stats_flags.INTERVAL: True,
+    stats_flags.DIRECTORY: True,
     "--fp8-format": True,
     "--fp8-param-gather": False,
     "--seed": True,
@@ -182,7 +182,7 @@ def plan(
             if events:
                 argv += ["--tensorboard-dir", str(folder / "tensorboard")]
             if choice.is_fp8:
-                argv += [flags.STATS_INTERVAL, str(interval), flags.STATS_DIR, str(folder)]
+                argv += [stats_flags.INTERVAL, str(interval), stats_flags.DIRECTORY, str(folder)]
             argv += choice.flags
             members.append(Member(choice, seed, steps, folder, common, tuple(argv), saves))
     return tuple(members)

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_fp8_ext.checkpoint.layout import CheckpointLayout
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.megatron_plugin import flags
+from megatron_fp8_ext.megatron_plugin import flags, linear_loss
 from megatron_fp8_ext.megatron_plugin.refusals import REFUSALS, WITHOUT_EFFECT
 
 OPTIONS = frozenset({flags.RESHARDABLE, *flags.CPU_VALUES, *flags.CPU_SWITCHES})
@@ -228,3 +228,29 @@ def test_expand_is_pure():
     first = flags.expand(argv, facts(environ=environ))
     assert first == flags.expand(argv, facts(environ=environ))
     assert argv == ["--bf16", *INFIR2] and environ == {}
+
+
+CHUNKED = ("--linear-cross-entropy", "chunked")
+
+
+@pytest.mark.parametrize("argv", [["--bf16"], ["--bf16", *INFIR2], ["--fp8-recipe", "bf16"]])
+@pytest.mark.parametrize("given", [GPU, CPU], ids=["gpu", "cpu"])
+def test_chunked_loss_goes_with_every_recipe_and_with_none(argv, given):
+    plain, chunked = flags.expand(argv, given), flags.expand([*argv, *CHUNKED], given)
+    assert chunked.argv == plain.argv and chunked.chunked_loss and not plain.chunked_loss
+    assert chunked.notes[:-1] == plain.notes and "slices of the vocabulary" in chunked.notes[-1]
+    off = flags.expand([*argv, "--linear-cross-entropy=off"], given)
+    assert off == plain
+
+
+@pytest.mark.parametrize("other", linear_loss.CONTRADICTIONS)
+def test_what_wants_the_logits_contradicts_the_chunked_loss(other):
+    with pytest.raises(UserError, match=f"chunked contradicts {other}: "):
+        flags.expand(["--bf16", *CHUNKED, other], GPU)
+    assert flags.expand(["--bf16", "--linear-cross-entropy", "off", other], GPU).argv[-1] == other
+
+
+@pytest.mark.parametrize("value", ["liger", ""])
+def test_unknown_loss(value):
+    with pytest.raises(UserError, match="give it one of: off, chunked"):
+        flags.expand(["--bf16", "--linear-cross-entropy", value], GPU)

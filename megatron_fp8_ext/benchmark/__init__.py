@@ -1,0 +1,1 @@
+"""Measurements: each kernel beside the limit of the machine, measured in the same run."""

@@ -1,0 +1,62 @@
+"""`megatron-fp8 bench ...`: measure on this machine's GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure kernels on this machine's GPU.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `kernels` a command of a group while it is the only one."""
+
+
+@app.command()
+def kernels(
+    model: Annotated[str, typer.Option(help="shape: qwen2.5-1.5b or qwen2.5-7b")] = "qwen2.5-1.5b",
+    tokens: Annotated[int | None, typer.Option(help="tokens of a microbatch")] = None,
+    output: Annotated[Path, typer.Option(help="prefix of the .json and .md files")] = Path(
+        "runs/bench-kernels"
+    ),
+    budget_ms: Annotated[float, typer.Option(help="device time for each measurement")] = 60.0,
+    sweep: Annotated[bool, typer.Option(help="try several numbers of warps")] = False,
+    only: Annotated[str, typer.Option(help="only kernels whose name contains this")] = "",
+) -> None:
+    """Casts, fused casts and the chunked loss, each beside a measured copy or GEMM."""
+    from dataclasses import replace
+
+    from megatron_fp8_ext.errors import UserError, unknown_name
+
+    try:
+        from megatron_fp8_ext.benchmark import kernels as bench
+    except ImportError as error:
+        raise UserError(f"bench needs {error.name}: pip install torch on a GPU machine") from error
+    if model not in bench.SHAPES:
+        raise unknown_name("--model", model, bench.SHAPES)
+    if tokens is not None and tokens < 1:
+        raise UserError(f"--tokens {tokens}: give it a positive number")
+    shape = bench.SHAPES[model]
+    record = bench.run(
+        shape if tokens is None else replace(shape, tokens=tokens), budget_ms, sweep, only
+    )
+    text = bench.markdown(record)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, content in ((".json", json.dumps(record, indent=1) + "\n"), (".md", text)):
+        _write(output.with_name(output.name + suffix), content)
+    print(text)
+    print(f"{output}.json, {output}.md")
+
+
+def _write(path: Path, content: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

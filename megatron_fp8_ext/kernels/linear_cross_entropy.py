@@ -1,0 +1,239 @@
+"""LM head and cross-entropy without the logits of a whole vocabulary.
+
+The vocabulary is walked in slices: one slice of logits `[N, slice]` lives at a time, the forward keeps
+running softmax statistics (12 bytes a token), and the backward computes each slice again, turns it into its
+gradient in place and multiplies it twice. Four head GEMMs instead of three, and exact for any loss per
+token. Slices of the vocabulary rather than of the tokens, because then each row of the weight's gradient is
+written once, straight into Megatron's `main_grad`, and what accumulates is only `[N, H]`.
+
+Shapes: N tokens (sequence x batch), H hidden, V the rows of the head on this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fp8_ext.kernels import support
+
+# Bytes of the slice of logits; a GEMM of this size fills a Hopper GPU.
+SLICE_BYTES = 256 * 2**20
+_MIN_SLICE, _ALIGNMENT = 1024, 128
+
+
+def slice_size(tokens: int, vocabulary: int, element_size: int) -> int:
+    """Return how many rows of the head are taken at a time."""
+    fit = SLICE_BYTES // (max(tokens, 1) * element_size)
+    return min(vocabulary, max(fit // _ALIGNMENT * _ALIGNMENT, _MIN_SLICE))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    rows: int | None = None,
+) -> Tensor:
+    """Return the loss of each token, `[s, b]` FP32, differentiable in `hidden` and `weight`.
+
+    A target outside of the vocabulary gets what Megatron gives it (log-sum-exp above the maximum): it is
+    for the loss mask to drop. If `weight` has Megatron's `main_grad`, its gradient is added there in the
+    backward, as under gradient accumulation fusion, but with torch's GEMM instead of apex.
+
+    Args:
+        hidden: `[s, b, H]` bfloat16 or float32; under sequence parallelism this rank's `[s / tp, b, H]`.
+        weight: `[V, H]` of the same dtype: this rank's part of the vocabulary.
+        target: `[s, b]` int64, indices in the whole vocabulary.
+        group: tensor-parallel group; None for one rank.
+        sequence_parallel: whether `hidden` is split along the sequence over `group`.
+        rows: rows of `weight` at a time; None lets `slice_size` choose.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+    """
+    parts = group.size() if group is not None else 1
+    length = hidden.shape[0] * (parts if sequence_parallel else 1)
+    if hidden.dim() != 3 or tuple(target.shape) != (length, hidden.shape[1]):
+        raise ValueError(
+            f"target must be [{length}, {hidden.shape[1]}] for hidden {tuple(hidden.shape)}, "
+            f"got {tuple(target.shape)}"
+        )
+    if weight.dtype != hidden.dtype or weight.shape[1] != hidden.shape[2]:
+        raise ValueError(
+            f"weight {weight.dtype} {tuple(weight.shape)} does not go with hidden "
+            f"{hidden.dtype} {tuple(hidden.shape)}"
+        )
+    if parts == 1:
+        group, sequence_parallel = None, False
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, target, group, sequence_parallel, rows)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        group: dist.ProcessGroup | None,
+        sequence_parallel: bool,
+        rows: int | None,
+    ) -> Tensor:
+        whole = _gather_sequence(hidden, group) if sequence_parallel else hidden
+        x = whole.reshape(-1, whole.shape[-1])
+        labels = target.reshape(-1).contiguous()
+        slices = _Slices(x, weight, group, rows)
+        largest = x.new_full((x.shape[0],), -torch.inf, dtype=torch.float32)
+        total, predicted = torch.zeros_like(largest), torch.zeros_like(largest)
+        for first, part in slices:
+            logits = slices.logits(x, part)
+            slices.statistics(logits, labels, largest, total, predicted, slices.offset + first)
+        lse, loss = _combine(slices, labels, largest, total, predicted, group)
+        ctx.save_for_backward(hidden, weight, labels, lse)
+        ctx.group, ctx.sequence_parallel, ctx.rows = group, sequence_parallel, rows
+        return loss.view(target.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, lse = ctx.saved_tensors
+        group, need_dx, need_dw = ctx.group, ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        whole = _gather_sequence(hidden, group) if ctx.sequence_parallel else hidden
+        x = whole.reshape(-1, whole.shape[-1])
+        dloss = grad.reshape(-1).to(torch.float32).contiguous()
+        slices = _Slices(x, weight, group, ctx.rows)
+        dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if need_dx else None
+        main_grad = _main_grad(weight) if need_dw else None
+        dw = torch.empty_like(weight) if need_dw and main_grad is None else None
+        for first, part in slices:
+            logits = slices.logits(x, part)
+            slices.gradient(logits, labels, lse, dloss, slices.offset + first)
+            if dx is not None:
+                accumulate(dx, logits, part)
+            if main_grad is not None:
+                accumulate(main_grad[first : first + part.shape[0]], logits.t(), x)
+            elif dw is not None:
+                torch.mm(logits.t(), x, out=dw[first : first + part.shape[0]])
+        if main_grad is not None:
+            dw = _dummy_gradient(weight)
+        dhidden = None
+        if dx is not None:
+            dhidden = _reduce(dx.to(hidden.dtype).view(whole.shape), group, ctx.sequence_parallel)
+        return dhidden, dw, None, None, None, None
+
+
+class _Slices:
+    """The slices of this rank's part of the vocabulary, and one buffer for their logits."""
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, group: dist.ProcessGroup | None, rows: int | None
+    ) -> None:
+        self.weight = weight.detach()
+        self.offset = weight.shape[0] * (dist.get_rank(group) if group is not None else 0)
+        self.rows = rows or slice_size(x.shape[0], weight.shape[0], x.element_size())
+        self.buffer = x.new_empty(x.shape[0] * min(self.rows, weight.shape[0]))
+        if x.is_cuda and support.gap(x.device, fp8=False) is None:
+            from megatron_fp8_ext.kernels import softmax
+
+            self.statistics, self.gradient = softmax.statistics, softmax.gradient
+        else:
+            from megatron_fp8_ext.kernels import softmax_torch
+
+            self.statistics, self.gradient = softmax_torch.statistics, softmax_torch.gradient
+
+    def __iter__(self) -> Any:
+        for first in range(0, self.weight.shape[0], self.rows):
+            yield first, self.weight[first : first + self.rows]
+
+    def logits(self, x: Tensor, part: Tensor) -> Tensor:
+        """`[N, slice]` in the dtype of `x`, in the one buffer."""
+        out = self.buffer[: x.shape[0] * part.shape[0]].view(x.shape[0], part.shape[0])
+        return torch.mm(x.detach(), part.t(), out=out)
+
+
+def _combine(
+    slices: _Slices,
+    labels: Tensor,
+    largest: Tensor,
+    total: Tensor,
+    predicted: Tensor,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """(log of the sum of exponentials, loss), `[N]` each, over the whole vocabulary."""
+    own_largest = largest
+    if group is not None:
+        largest = largest.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    index = labels - slices.offset
+    mine = (index >= 0) & (index < slices.weight.shape[0])
+    sums = torch.stack(
+        (total * torch.exp(own_largest - largest), torch.where(mine, predicted - largest, 0.0))
+    )
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    log_total = torch.log(sums[0])
+    return largest + log_total, log_total - sums[1]
+
+
+def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, with the products summed in the precision of `out` where torch can.
+
+    Args:
+        out: `[n, m]`.
+        a: `[n, k]`.
+        b: `[k, m]` of the same dtype as `a`.
+    """
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    elif out.is_cuda and _GEMM_WRITES_FP32:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    elif out.is_cuda:
+        out.add_(torch.mm(a, b))
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
+_GEMM_WRITES_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+
+
+def _main_grad(weight: Tensor) -> Tensor | None:
+    """Megatron's gradient buffer, where its data parallelism keeps one and knows we may add to it."""
+    if not hasattr(weight, "grad_added_to_main_grad") or hasattr(weight, "__fsdp_param__"):
+        return None
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    return main_grad
+
+
+def _dummy_gradient(weight: Tensor) -> Tensor:
+    """Tell Megatron that `main_grad` has the gradient, and return what its hooks want to see.
+
+    A weight shared with the embedding says `zero_out_wgrad`: autograd adds the embedding's gradient to
+    what we return, and Megatron adds that sum to `main_grad`.
+    """
+    weight.grad_added_to_main_grad = True
+    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+    return make(weight)
+
+
+def _gather_sequence(x: Tensor, group: Any) -> Tensor:
+    out = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _reduce(dx: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
+    """Sum over the ranks; under sequence parallelism this rank's part of dim 0."""
+    if group is None:
+        return dx
+    if sequence_parallel and dist.get_backend(group) == "nccl":
+        out = dx.new_empty((dx.shape[0] // group.size(), *dx.shape[1:]))
+        dist.reduce_scatter_tensor(out, dx, group=group)
+        return out
+    dist.all_reduce(dx, group=group)
+    if sequence_parallel:  # gloo has no reduce-scatter of its own
+        return dx.chunk(group.size(), dim=0)[dist.get_rank(group)].contiguous()
+    return dx

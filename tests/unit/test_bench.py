@@ -1,0 +1,56 @@
+"""`megatron-fp8 bench`: one clear line where nothing can be measured; the table says what the record says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+torch = pytest.importorskip("torch")
+CLI = (sys.executable, "-m", "megatron_fp8_ext.cli", "bench", "kernels")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can measure")
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
+    done = subprocess.run(
+        [*CLI, "--output", str(tmp_path / "x")], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("megatron-fp8: error: bench: ")
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--model", "qwen2.5-15b"), "did you mean 'qwen2.5-1.5b'?"),
+        (("--tokens", "0"), "--tokens 0: give it a positive number"),
+    ],
+)
+def test_bad_options(argv, message):
+    done = run([*CLI, *argv])
+    assert done.code == 2 and message in done.output
+
+
+def test_table():
+    from megatron_fp8_ext.benchmark import kernels
+
+    time = {"median": 2.0, "low": 1.9, "high": 2.1, "repetitions": 5}
+    row = {"kernel": "cast", "by": "ours", "time": time, "peak_mb": 3.0, "note": "8 warps"}
+    text = kernels.markdown(
+        {
+            "shape": {"name": "m", "tokens": 1, "hidden": 2, "ffn": 3, "vocabulary": 4},
+            "device": "GPU",
+            "versions": {"torch": "2"},
+            "copy_tb_s": 4.0,
+            "bf16_gemm_tflop_s": 700.0,
+            "rows": [
+                {**row, "bytes": 6 * 10**9, "flops": 0, "of_limit": 0.75},
+                {**row, "bytes": 0, "flops": 10**12, "of_limit": 0.714},
+            ],
+        }
+    )
+    assert "| cast | ours | 2.000 (1.900 to 2.100) | 3.00 TB/s | 0.75 | 3 | 8 warps |" in text
+    assert "| 500 TFLOP/s | 0.71 |" in text

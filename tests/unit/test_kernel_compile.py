@@ -1,0 +1,57 @@
+"""Every kernel compiles for Hopper with the Triton at hand; no GPU is needed for that."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+COMPILE = """
+import itertools, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megatron_fp8_ext.kernels import cast, rmsnorm, softmax, swiglu
+
+FLAGS = ("ROWS", "COLUMNS", "SQUARE", "WHOLE", "KEEP", "RESIDUAL", "POWER_OF_TWO")
+TYPES = {"row_codes": "*u8", "col_codes": "*u8", "codes": "*u8", "target": "*i64", "eps": "fp32",
+         "first": "i32", "M": "i32", "K": "i32", "F": "i32", "H": "i32", "stride": "i32",
+         "row_stride": "i32", "col_stride": "i32", "N": "i32", "V": "i32"}
+FP32 = ("row_scales", "col_scales", "scales", "rstd", "dweight", "largest", "total", "predicted",
+        "lse", "dloss")
+KERNELS = [cast._cast_kernel, swiglu._forward_kernel, swiglu._backward_kernel,
+           swiglu._backward_straddling_kernel, rmsnorm._rows_kernel, rmsnorm._columns_kernel,
+           rmsnorm._backward_kernel, softmax._statistics_kernel, softmax._gradient_kernel]
+for kernel in KERNELS:
+    for on in (True, False):
+        signature, values = {}, {}
+        for index, name in enumerate(kernel.arg_names):
+            if name.isupper() and len(name) > 1:
+                signature[name] = "constexpr"
+                values[(index,)] = {"LARGEST": 3.3895313892515355e38, "WIDTH": 2048}.get(name, on)
+                if name == "COLUMNS":
+                    values[(index,)] = True
+            else:
+                signature[name] = TYPES.get(name) or ("*fp32" if name in FP32 else "*bf16")
+        source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+        assert ".ftz" not in built.asm["ptx"], "flushing would change subnormals"
+        print(kernel.__name__, on, len(built.asm["cubin"]))
+"""
+
+
+def test_kernels_compile_for_hopper(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    # A file: Triton reads a kernel's source, and its caller's stack.
+    script = tmp_path / "build.py"
+    script.write_text(COMPILE)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 18
