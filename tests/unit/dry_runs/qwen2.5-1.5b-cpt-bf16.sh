@@ -3,7 +3,6 @@ export TORCH_NCCL_AVOID_RECORD_STREAMS=1
 export NVTE_ALLOW_NONDETERMINISTIC_ALGO=1
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export NCCL_NVLS_ENABLE=0
-export NVTE_FUSED_ATTN=1
 torchrun \
     --standalone \
     --nproc-per-node 8 -m megatron_fp8_ext.megatron_plugin.pretrain_gpt \

@@ -3,7 +3,6 @@ export TORCH_NCCL_AVOID_RECORD_STREAMS=1
 export NVTE_ALLOW_NONDETERMINISTIC_ALGO=1
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export NCCL_NVLS_ENABLE=0
-export NVTE_FUSED_ATTN=1
 export NVTE_FP8_BLOCK_SCALING_FP32_SCALES=0
 torchrun \
     --standalone \
@@ -98,7 +97,6 @@ export TORCH_NCCL_AVOID_RECORD_STREAMS=1
 export NVTE_ALLOW_NONDETERMINISTIC_ALGO=1
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export NCCL_NVLS_ENABLE=0
-export NVTE_FUSED_ATTN=1
 export NVTE_FP8_BLOCK_SCALING_FP32_SCALES=0
 
 # Preflight on every node: stops here, with the mend, where training would fail.
