@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fp8_ext import __version__, registry
+from megatron_fp8_ext import __version__, presets, registry
 from megatron_fp8_ext.commands import bench, compare, data
+from megatron_fp8_ext.commands import run as run_command
 from megatron_fp8_ext.errors import UserError, unknown_name
 
 app = typer.Typer(
@@ -25,21 +26,31 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.command(context_settings=compare.CONTEXT)(compare.compare)
 app.command("report")(compare.report_)
+app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
+    run_command.run
+)
 _out = Console()
 
 
 @app.command("list")
 def list_(
-    kind: Annotated[str | None, typer.Argument(help="recipe, schedule, loss or packer")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="preset, recipe, schedule, loss or packer")
+    ] = None,
 ) -> None:
-    """Recipes, schedules, losses and packers found through entry points."""
+    """Presets, and the recipes, schedules, losses and packers found through entry points."""
+    kinds = ("preset", *registry.GROUPS)
     if kind is not None:
-        plurals = {"losses": "loss", **{f"{name}s": name for name in registry.GROUPS}}
+        plurals = {"losses": "loss", **{f"{name}s": name for name in kinds}}
         kind = plurals.get(kind, kind)
-        if kind not in registry.GROUPS:
-            raise unknown_name("kind", kind, registry.GROUPS)
+        if kind not in kinds:
+            raise unknown_name("kind", kind, kinds)
     table = Table("kind", "name", "package", "what it is", box=None)
-    for each in [kind] if kind else registry.GROUPS:
+    for each in [kind] if kind else kinds:
+        if each == "preset":
+            for name in presets.names():
+                table.add_row(each, name, "megatron-fp8-ext", presets.get(name).summary)
+            continue
         for provider in registry.providers(each):
             found = provider.load()
             what = getattr(found, "summary", None) or (found.__doc__ or "").split("\n")[0]
@@ -48,8 +59,15 @@ def list_(
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="a recipe, such as infir2")]) -> None:
-    """Everything a recipe says, and the Megatron flags it becomes."""
+def show(
+    name: Annotated[str, typer.Argument(help="a recipe or a preset: infir2, qwen2.5-7b-cpt")],
+) -> None:
+    """Everything a recipe or a preset says, and the Megatron flags it becomes."""
+    if name in presets.names() or name.endswith((".yaml", ".yml")):
+        run_command.show_preset(name)
+        return
+    if name not in registry.names("recipe"):
+        raise unknown_name("recipe or preset", name, (*registry.names("recipe"), *presets.names()))
     from megatron_fp8_ext.megatron_plugin import flags
     from megatron_fp8_ext.recipe import get_recipe
 

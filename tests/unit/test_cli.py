@@ -33,6 +33,8 @@ def cli(*argv: str, **env: str):
         ["--help"], ["--version"], ["list"], ["list", "losses"], ["show", "infir2"],
         ["expand", "--", "--bf16", "--use-distributed-optimizer", "--fp8-recipe", "infir2"],
         ["data", "tokenize", "--help"], ["compare", "--help"], ["report", "--help"],
+        ["data", "tokenize", "--help"], ["list", "presets"], ["show", "qwen2.5-7b-cpt"],
+        ["run", "qwen2.5-7b-cpt", "--dry-run"], ["run", "qwen2.5-7b-rl-stage1", "--dry-run"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -64,6 +66,12 @@ def test_expand_prints_a_command_to_paste():
     ("argv", "words"),
     [
         (["show", "infr2"], "did you mean 'infir2'"),
+        (["run", "qwen2.5-7b-ctp"], "did you mean 'qwen2.5-7b-cpt'"),
+        (["run", "qwen2.5-7b-cpt", "--dryrun"], "did you mean '--dry-run'"),
+        (["run", "qwen2.5-7b-cpt", "--set", "nodse=2"], "did you mean 'nodes'"),
+        (["run", "qwen2.5-7b-cpt", "--set", "nodes=0"], "at least 1"),
+        (["run", "qwen2.5-7b-cpt", "--launcher", "ray"], "use --launcher torchrun or slurm"),
+        (["run", "qwen2.5-7b-cpt", "--after", "/"], "holds no run.json"),
         (["list", "recipies"], "unknown kind"),
         (["expand", "--", "--bf16", "--fp16", "--fp8-recipe", "infir2"], "contradicts --fp16"),
         (["demo", "--iterations", "3"], "at least 20"),

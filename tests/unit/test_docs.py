@@ -12,7 +12,12 @@ from typer.testing import CliRunner
 from megatron_fp8_ext.cli import app
 from megatron_fp8_ext.megatron_plugin.refusals import REFUSALS, WITHOUT_EFFECT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "README_zh.md",
+    ROOT / "docker/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 @pytest.mark.parametrize("row", REFUSALS, ids=lambda row: row.flag)

@@ -1,0 +1,73 @@
+# a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); `ray stop` ends it
+ray start \
+    --head \
+    --node-ip-address 127.0.0.1 \
+    --dashboard-host 127.0.0.1 \
+    --dashboard-port 8265 \
+    --num-gpus 8 \
+    --disable-usage-stats
+ray job submit \
+    --address http://127.0.0.1:8265 \
+    --runtime-env-json '{"env_vars": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "PYTHONPATH": "SLIME"}}' \
+    -- python3 SLIME/train_async.py \
+    --num-layers 28 \
+    --hidden-size 1536 \
+    --ffn-hidden-size 8960 \
+    --num-attention-heads 12 \
+    --group-query-attention \
+    --num-query-groups 2 \
+    --disable-bias-linear \
+    --add-qkv-bias \
+    --normalization RMSNorm \
+    --norm-epsilon 1e-06 \
+    --swiglu \
+    --position-embedding-type rope \
+    --rotary-percent 1.0 \
+    --rotary-base 1000000 \
+    --padded-vocab-size 151936 \
+    --vocab-size 151936 \
+    --bf16 \
+    --transformer-impl transformer_engine \
+    --attention-backend flash \
+    --attention-softmax-in-fp32 \
+    --accumulate-allreduce-grads-in-fp32 \
+    --attention-dropout 0.0 \
+    --hidden-dropout 0.0 \
+    --pipeline-model-parallel-size 1 \
+    --context-parallel-size 1 \
+    --sequence-parallel \
+    --recompute-granularity full \
+    --recompute-method uniform \
+    --recompute-num-layers 1 \
+    --global-batch-size 64 \
+    --optimizer adam \
+    --lr-decay-style cosine \
+    --lr-warmup-fraction 0.05 \
+    --weight-decay 0 \
+    --adam-beta1 0.9 \
+    --adam-beta2 0.95 \
+    --save exp/InfiR2_SFT_BF16_1.5B_stage1/checkpoints \
+    --save-interval 1000 \
+    --tensorboard-dir exp/InfiR2_SFT_BF16_1.5B_stage1/tensorboard \
+    --tensor-model-parallel-size 2 \
+    --lr 5e-5 \
+    --min-lr 5e-6 \
+    --actor-num-nodes 2 \
+    --actor-num-gpus-per-node 8 \
+    --expert-model-parallel-size 1 \
+    --expert-tensor-parallel-size 1 \
+    --hf-checkpoint MODEL \
+    --ref-load STABLE/iter_0035000 \
+    --rollout-function-path slime.rollout.sft_rollout.generate_rollout \
+    --prompt-data DATA \
+    --input-key messages \
+    --rollout-shuffle \
+    --num-epoch 5 \
+    --rollout-batch-size 64 \
+    --loss-type sft_loss \
+    --calculate-per-token-loss \
+    --disable-compute-advantages-and-returns \
+    --debug-train-only \
+    --use-dynamic-batch-size \
+    --max-tokens-per-gpu 32768 \
+    --load exp/InfiR2_SFT_BF16_1.5B_stage1/checkpoints

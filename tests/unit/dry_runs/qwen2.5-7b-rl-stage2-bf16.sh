@@ -1,0 +1,93 @@
+# a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); `ray stop` ends it
+ray start \
+    --head \
+    --node-ip-address 127.0.0.1 \
+    --dashboard-host 127.0.0.1 \
+    --dashboard-port 8265 \
+    --num-gpus 8 \
+    --disable-usage-stats
+ray job submit \
+    --address http://127.0.0.1:8265 \
+    --runtime-env-json '{"env_vars": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:2048", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "PYTHONPATH": "SLIME"}}' \
+    -- python3 SLIME/train.py \
+    --num-layers 28 \
+    --hidden-size 3584 \
+    --ffn-hidden-size 18944 \
+    --num-attention-heads 28 \
+    --group-query-attention \
+    --num-query-groups 4 \
+    --disable-bias-linear \
+    --add-qkv-bias \
+    --normalization RMSNorm \
+    --norm-epsilon 1e-06 \
+    --swiglu \
+    --position-embedding-type rope \
+    --rotary-percent 1.0 \
+    --rotary-base 1000000 \
+    --untie-embeddings-and-output-weights \
+    --padded-vocab-size 152064 \
+    --vocab-size 152064 \
+    --bf16 \
+    --transformer-impl transformer_engine \
+    --attention-backend flash \
+    --attention-softmax-in-fp32 \
+    --accumulate-allreduce-grads-in-fp32 \
+    --attention-dropout 0.0 \
+    --hidden-dropout 0.0 \
+    --tensor-model-parallel-size 4 \
+    --pipeline-model-parallel-size 1 \
+    --context-parallel-size 2 \
+    --sequence-parallel \
+    --recompute-granularity full \
+    --recompute-method uniform \
+    --recompute-num-layers 1 \
+    --global-batch-size 2048 \
+    --optimizer adam \
+    --lr 1e-6 \
+    --lr-decay-style constant \
+    --weight-decay 0.1 \
+    --adam-beta1 0.9 \
+    --adam-beta2 0.98 \
+    --save exp/InfiR2_RL_BF16_7B_stage2/checkpoints \
+    --save-interval 20 \
+    --tensorboard-dir exp/InfiR2_RL_BF16_7B_stage2/tensorboard \
+    --actor-num-nodes 4 \
+    --actor-num-gpus-per-node 8 \
+    --colocate \
+    --expert-model-parallel-size 1 \
+    --expert-tensor-parallel-size 1 \
+    --hf-checkpoint MODEL \
+    --ref-load STABLE/iter_0035000 \
+    --prompt-data DATA \
+    --input-key prompt \
+    --label-key label \
+    --apply-chat-template \
+    --rollout-shuffle \
+    --rm-type deepscaler \
+    --num-rollout 10240 \
+    --rollout-batch-size 128 \
+    --n-samples-per-prompt 16 \
+    --over-sampling-batch-size 384 \
+    --dynamic-sampling-filter-path slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std \
+    --balance-data \
+    --use-dynamic-batch-size \
+    --advantage-estimator grpo \
+    --use-kl-loss \
+    --kl-loss-coef 0.00 \
+    --kl-loss-type low_var_kl \
+    --entropy-coef 0.00 \
+    --eps-clip 0.2 \
+    --eps-clip-high 0.28 \
+    --use-tis \
+    --rollout-num-gpus-per-engine 4 \
+    --sglang-mem-fraction-static 0.5 \
+    --sglang-max-running-requests 128 \
+    --eval-interval 20 \
+    --eval-prompt-data aime EVAL \
+    --n-samples-per-eval-prompt 16 \
+    --eval-max-response-len 30000 \
+    --eval-top-p 0.7 \
+    --max-tokens-per-gpu 16384 \
+    --rollout-max-response-len 16384 \
+    --rollout-temperature 1.1 \
+    --load exp/InfiR2_RL_BF16_7B_stage2/checkpoints

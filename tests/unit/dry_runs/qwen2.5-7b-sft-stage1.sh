@@ -1,0 +1,181 @@
+# a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); `ray stop` ends it
+ray start \
+    --head \
+    --node-ip-address 127.0.0.1 \
+    --dashboard-host 127.0.0.1 \
+    --dashboard-port 8265 \
+    --num-gpus 8 \
+    --disable-usage-stats
+ray job submit \
+    --address http://127.0.0.1:8265 \
+    --runtime-env-json '{"env_vars": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "0", "PYTHONPATH": "SLIME"}}' \
+    -- python3 SLIME/train_async.py \
+    --num-layers 28 \
+    --hidden-size 3584 \
+    --ffn-hidden-size 18944 \
+    --num-attention-heads 28 \
+    --group-query-attention \
+    --num-query-groups 4 \
+    --disable-bias-linear \
+    --add-qkv-bias \
+    --normalization RMSNorm \
+    --norm-epsilon 1e-06 \
+    --swiglu \
+    --position-embedding-type rope \
+    --rotary-percent 1.0 \
+    --rotary-base 1000000 \
+    --untie-embeddings-and-output-weights \
+    --padded-vocab-size 152064 \
+    --vocab-size 152064 \
+    --bf16 \
+    --transformer-impl transformer_engine \
+    --attention-backend flash \
+    --attention-softmax-in-fp32 \
+    --accumulate-allreduce-grads-in-fp32 \
+    --attention-dropout 0.0 \
+    --hidden-dropout 0.0 \
+    --pipeline-model-parallel-size 1 \
+    --context-parallel-size 1 \
+    --sequence-parallel \
+    --recompute-granularity full \
+    --recompute-method uniform \
+    --recompute-num-layers 1 \
+    --global-batch-size 64 \
+    --optimizer adam \
+    --lr-decay-style cosine \
+    --lr-warmup-fraction 0.05 \
+    --weight-decay 0 \
+    --adam-beta1 0.9 \
+    --adam-beta2 0.95 \
+    --save exp/InfiR2_SFT_FP8_7B_stage1/checkpoints \
+    --save-interval 1000 \
+    --tensorboard-dir exp/InfiR2_SFT_FP8_7B_stage1/tensorboard \
+    --tensor-model-parallel-size 4 \
+    --lr 2e-5 \
+    --min-lr 2e-6 \
+    --actor-num-nodes 2 \
+    --actor-num-gpus-per-node 8 \
+    --expert-model-parallel-size 1 \
+    --expert-tensor-parallel-size 1 \
+    --hf-checkpoint MODEL \
+    --ref-load STABLE/iter_0035000 \
+    --rollout-function-path slime.rollout.sft_rollout.generate_rollout \
+    --prompt-data DATA \
+    --input-key messages \
+    --rollout-shuffle \
+    --num-epoch 5 \
+    --rollout-batch-size 64 \
+    --loss-type sft_loss \
+    --calculate-per-token-loss \
+    --disable-compute-advantages-and-returns \
+    --debug-train-only \
+    --use-dynamic-batch-size \
+    --max-tokens-per-gpu 32768 \
+    --fp8-format e4m3 \
+    --fp8-recipe blockwise \
+    --fp8-param-gather \
+    --load exp/InfiR2_SFT_FP8_7B_stage1/checkpoints
+mkdir -p exp/InfiR2_SFT_FP8_7B_stage1
+cat > exp/InfiR2_SFT_FP8_7B_stage1/qwen2.5-7b-sft-stage1.sbatch <<'SBATCH'
+#!/usr/bin/env bash
+#SBATCH --job-name=qwen2.5-7b-sft-stage1
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=1440
+#SBATCH --output=exp/InfiR2_SFT_FP8_7B_stage1/slurm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+# qwen2.5-7b-sft-stage1: Qwen2.5-7B, SFT stage 1 on InfiAlign-SFT-72k, five epochs
+# Safe to requeue: each start continues from the last checkpoint in the run's own folder.
+set -euo pipefail
+SRUN=(srun --kill-on-bad-exit=1)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+export TORCH_NCCL_AVOID_RECORD_STREAMS=1
+export NVTE_ALLOW_NONDETERMINISTIC_ALGO=1
+export NVTE_FP8_BLOCK_SCALING_FP32_SCALES=0
+
+# Preflight on every node: stops here, with the mend, where training would fail.
+"${SRUN[@]}" megatron-fp8 doctor
+
+# One Ray cluster inside this job. Its nodes talk over the cluster's network; the dashboard, whose
+# job API runs any code it is sent, listens on the head's loopback only.
+HEAD_IP=$(srun --nodes=1 --ntasks=1 -w "$HEAD" hostname -i | cut -d" " -f1)
+srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" ray start --head --block --port=6379 --node-ip-address="$HEAD_IP" --dashboard-host=127.0.0.1 --dashboard-port=8265 --num-gpus=8 --disable-usage-stats &
+sleep 20
+[ "$SLURM_JOB_NUM_NODES" -eq 1 ] || srun --overlap --nodes=1 --ntasks=1 -x "$HEAD" ray start --block --address="$HEAD_IP:6379" --num-gpus=8 --disable-usage-stats &
+sleep 20
+srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" ray job submit \
+    --address http://127.0.0.1:8265 \
+    --runtime-env-json '{"env_vars": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "0", "PYTHONPATH": "SLIME"}}' \
+    -- python3 SLIME/train_async.py \
+    --num-layers 28 \
+    --hidden-size 3584 \
+    --ffn-hidden-size 18944 \
+    --num-attention-heads 28 \
+    --group-query-attention \
+    --num-query-groups 4 \
+    --disable-bias-linear \
+    --add-qkv-bias \
+    --normalization RMSNorm \
+    --norm-epsilon 1e-06 \
+    --swiglu \
+    --position-embedding-type rope \
+    --rotary-percent 1.0 \
+    --rotary-base 1000000 \
+    --untie-embeddings-and-output-weights \
+    --padded-vocab-size 152064 \
+    --vocab-size 152064 \
+    --bf16 \
+    --transformer-impl transformer_engine \
+    --attention-backend flash \
+    --attention-softmax-in-fp32 \
+    --accumulate-allreduce-grads-in-fp32 \
+    --attention-dropout 0.0 \
+    --hidden-dropout 0.0 \
+    --pipeline-model-parallel-size 1 \
+    --context-parallel-size 1 \
+    --sequence-parallel \
+    --recompute-granularity full \
+    --recompute-method uniform \
+    --recompute-num-layers 1 \
+    --global-batch-size 64 \
+    --optimizer adam \
+    --lr-decay-style cosine \
+    --lr-warmup-fraction 0.05 \
+    --weight-decay 0 \
+    --adam-beta1 0.9 \
+    --adam-beta2 0.95 \
+    --save exp/InfiR2_SFT_FP8_7B_stage1/checkpoints \
+    --save-interval 1000 \
+    --tensorboard-dir exp/InfiR2_SFT_FP8_7B_stage1/tensorboard \
+    --tensor-model-parallel-size 4 \
+    --lr 2e-5 \
+    --min-lr 2e-6 \
+    --actor-num-nodes 2 \
+    --actor-num-gpus-per-node 8 \
+    --expert-model-parallel-size 1 \
+    --expert-tensor-parallel-size 1 \
+    --hf-checkpoint MODEL \
+    --ref-load STABLE/iter_0035000 \
+    --rollout-function-path slime.rollout.sft_rollout.generate_rollout \
+    --prompt-data DATA \
+    --input-key messages \
+    --rollout-shuffle \
+    --num-epoch 5 \
+    --rollout-batch-size 64 \
+    --loss-type sft_loss \
+    --calculate-per-token-loss \
+    --disable-compute-advantages-and-returns \
+    --debug-train-only \
+    --use-dynamic-batch-size \
+    --max-tokens-per-gpu 32768 \
+    --fp8-format e4m3 \
+    --fp8-recipe blockwise \
+    --fp8-param-gather \
+    --load exp/InfiR2_SFT_FP8_7B_stage1/checkpoints
+SBATCH
+sbatch exp/InfiR2_SFT_FP8_7B_stage1/qwen2.5-7b-sft-stage1.sbatch

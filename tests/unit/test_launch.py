@@ -1,0 +1,366 @@
+"""Presets, precedence, checks and rendering: everything of `megatron-fp8 run` short of starting it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from megatron_fp8_ext import presets
+from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.launch import architecture, checks, plan, reference, render, request
+from megatron_fp8_ext.launch import reference_tools as tools
+
+SNAPSHOTS = Path(__file__).parent / "dry_runs"
+QWEN_15B = presets.model_facts("Qwen2.5-1.5B")
+
+
+def asked(name: str, *assignments: str, **fields) -> request.Request:
+    return request.with_set(request.Request(preset=presets.get(name), **fields), assignments)
+
+
+def planned(name: str, *assignments: str, facts: plan.Facts | None = None, **fields) -> plan.Plan:
+    return plan.build(asked(name, *assignments, **fields), facts or plan.Facts())
+
+
+def dry_run(name: str, launcher: str | None = None) -> str:
+    inputs = {"data": "DATA", "model": "MODEL", "init": "STABLE/iter_0035000", "eval-data": "EVAL"}
+    return render.shell(
+        render.launch(planned(name, inputs=inputs, launcher=launcher, slime="SLIME"))
+    )
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_dry_runs_are_as_recorded(name):
+    """UPDATE_SNAPSHOTS=1 records them anew; read the difference before you commit it."""
+    text = dry_run(name) + "\n"
+    if not name.endswith("-bf16"):
+        text += dry_run(name, "slurm") + "\n"
+    file = SNAPSHOTS / f"{name}.sh"
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert file.read_text() == text
+    shell = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+    assert shell.returncode == 0, shell.stderr
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_sbatch_files_are_valid_shell(name):
+    launched = render.launch(planned(name, launcher="slurm", slime="SLIME"))
+    (content,) = launched.files.values()
+    assert subprocess.run(["bash", "-n"], input=content, text=True).returncode == 0
+    assert "0.0.0.0" not in content and "doctor" in content and "#SBATCH --requeue" in content
+
+
+def test_every_setting_has_an_origin_and_every_correction_its_reason():
+    for name in presets.names():
+        for rows in presets.get(name).sections.values():
+            for key, setting in rows.items():
+                assert setting.origin in presets.ORIGINS and setting.origin != "user", (name, key)
+                assert setting.origin != "correction" or setting.note, (name, key)
+
+
+def test_a_twin_differs_in_precision_alone():
+    for name in presets.names():
+        if name.endswith("-bf16"):
+            continue
+        fp8, bf16 = planned(name).settings, planned(name + "-bf16").settings
+        differing = {k for k in fp8 if fp8[k].value != bf16[k].value}
+        assert differing <= {"fp8-recipe", "save", "load", "data-cache-path", "tensorboard-dir"}
+        assert "e4m3" not in planned(name + "-bf16").flags
+
+
+def test_precedence(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 2e-4\nmin-lr: 2e-5\nnodes: 2\nenvironment: {NCCL_SOCKET_IFNAME: eth0}\n")
+    base = request.with_config(asked("qwen2.5-7b-cpt"), file)
+    base = request.with_set(base, ["min-lr=3e-5", "clip-grad=0.5"])
+    full = plan.build(
+        request.Request(
+            preset=base.preset, overrides=base.overrides, environment=base.environment,
+            extra=("--clip-grad", "0.25", "--new-flag", "-1"),
+        ),
+        plan.Facts(),
+    )  # fmt: skip
+    assert (full.value("--lr"), full.value("--min-lr")) == ("2e-4", "3e-5")
+    assert full.argv.count("--clip-grad") == 1 and full.value("--clip-grad") == "0.25"
+    assert full.nodes == 2 and full.environment["NCCL_SOCKET_IFNAME"] == "eth0"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("seq-lenght: 5", "did you mean 'seq-length'"),
+        ("lr: 1\nlr: 2", "line 2: 'lr' stands twice"),
+        ("lr: [", "line 1"),
+        ("- lr", "not a mapping"),
+        ("environment: {WANDB_API_KEY: abc}", "secrets do not belong"),
+        ("lr: {value: 1, nte: x}", "did you mean 'note'"),
+    ],
+)
+def test_bad_yaml_names_file_and_mend(tmp_path, content, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        request.with_config(asked("qwen2.5-7b-cpt"), file)
+    assert "mine.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_users_preset_extends_ours(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text("extends: qwen2.5-1.5b-cpt\nexperiment: small\nsettings: {lr: 3e-4}\n")
+    found = plan.build(request.Request(preset=presets.get(str(file))), plan.Facts())
+    assert found.value("--lr") == "3e-4" and found.output == "exp/small"
+    file.write_text("extends: small\n")
+    with pytest.raises(UserError, match="extends"):
+        presets.get(str(file))
+
+
+def test_architecture_comes_from_config_json():
+    found = architecture.flags(QWEN_15B, 2)
+    assert found["rotary-base"] == "1000000"  # slime's shell file says 10000
+    assert found["padded-vocab-size"] == "151936" and found["add-qkv-bias"] == "true"
+    assert found["untie-embeddings-and-output-weights"] == "false"
+    nested = {k: v for k, v in QWEN_15B.items() if k != "rope_theta"}
+    assert (
+        architecture.flags({**nested, "rope_parameters": {"rope_theta": 5e5}}, 1)["rotary-base"]
+        == "500000"
+    )
+    assert (
+        architecture.flags({**QWEN_15B, "vocab_size": 151937}, 8)["padded-vocab-size"] == "151944"
+    )
+    assert architecture.flags({**QWEN_15B, "head_dim": 64}, 1)["kv-channels"] == "64"
+    for broken in ({"model_type": "bert"}, {"hidden_size": "x"}, {"num_hidden_layers": 0}):
+        with pytest.raises(UserError, match=re.escape("config.json")):
+            architecture.flags({**QWEN_15B, **broken}, 1)
+
+
+def test_tensor_parallel_after_dashes_reaches_the_vocabulary():
+    found = planned("qwen2.5-1.5b-cpt", extra=("--tensor-model-parallel-size", "8"))
+    assert found.value("--padded-vocab-size") == "151936"
+    assert any("--num-query-groups 2 is not divisible by TP 8" in p for p in checks.problems(found))
+
+
+def test_decay_is_translated_and_resumes_from_itself():
+    inputs = {"init": "exp/x/checkpoints/iter_0035000"}
+    first = planned("qwen2.5-7b-cpt-decay", inputs=inputs)
+    assert first.argv[-4:] == ("--load", "exp/x/checkpoints", "--ckpt-step", "35000")
+    assert first.value("--train-iters") == "40000" and "--no-load-optim" not in first.argv
+    early = planned(
+        "qwen2.5-7b-cpt-decay", "lr-wsd-decay-iters=2000", inputs={"init": "s/iter_0010000"}
+    )
+    assert early.value("--train-iters") == "12000"
+    again = planned("qwen2.5-7b-cpt-decay", inputs=inputs, facts=plan.Facts(saved_iteration=36000))
+    assert again.argv[-2:] == ("--load", first.save) and "--ckpt-step" not in again.argv
+    latest = planned(
+        "qwen2.5-7b-cpt-decay", inputs={"init": "s"}, facts=plan.Facts(init_iteration=7000)
+    )
+    assert latest.value("--ckpt-step") == "7000"
+
+
+def test_the_scale_format_of_slime_runs_is_pinned():
+    for name, scales in (("qwen2.5-7b-sft-stage1", "0"), ("qwen2.5-7b-rl-stage1", "1")):
+        found = planned(name)
+        assert found.environment["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] == scales
+        assert found.value("--fp8-recipe") == "blockwise" and "--fp8-param-gather" in found.flags
+
+
+def test_all_problems_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    found = checks.problems(
+        planned(
+            "qwen2.5-7b-cpt", "tensor-model-parallel-size=3", "seq-length=1001", "nodes=2",
+            "max-position-embeddings=500", "pipeline-model-parallel-size=5",
+            inputs={
+                "data": "0.5 none1 0.5 none2", "model": "no-model", "init": "no-init",
+                "output": str(tmp_path / "file" / "out"),
+            },
+        )
+    )  # fmt: skip
+    text = "\n".join(found)
+    for words in (
+        "16 ranks is no multiple of TP 3 x PP 5", "--num-attention-heads 28 is not divisible by TP 3",
+        "--num-layers 28 is not divisible by PP 5", "--max-position-embeddings 500 is below",
+        "none1.idx does not exist", "--model no-model", "--init no-init", "cannot be written",
+        "--rdzv-endpoint", "not a multiple of 16",
+    ):  # fmt: skip
+        assert words in text, text
+    assert all("\n" not in line and (": " in line or ";" in line) for line in found)
+
+
+def test_nothing_to_mend_where_nothing_is_wrong(tmp_path):
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"text{suffix}").write_text("x")
+    (tmp_path / "init" / "iter_0000005").mkdir(parents=True)
+    inputs = {
+        "data": str(tmp_path / "text"),
+        "model": "m",
+        "init": str(tmp_path / "init"),
+        "output": str(tmp_path),
+    }
+    facts = plan.Facts(config=presets.model_facts("Qwen2.5-7B"), init_iteration=5)
+    assert checks.problems(planned("qwen2.5-7b-cpt", inputs=inputs, facts=facts)) == []
+    random = planned(
+        "qwen2.5-7b-cpt", inputs={k: inputs[k] for k in ("data", "model", "output")}, facts=facts
+    )
+    assert ["random weights" in p for p in checks.problems(random)] == [True]
+
+
+def test_rl_holds_the_export_to_the_recipe():
+    config = {**presets.model_facts("Qwen2.5-7B"), "quantization_config": {"scale_fmt": "ue8m0"}}
+    text = "\n".join(
+        checks.problems(planned("qwen2.5-7b-rl-stage1", facts=plan.Facts(config=config)))
+    )
+    assert "has no fmt" in text and "--scale-format fp32" in text
+    fits = planned("qwen2.5-7b-rl-stage1", "fp8-recipe=infir2", facts=plan.Facts(config=config))
+    assert "every weight push" not in "\n".join(checks.problems(fits))
+    engine = planned("qwen2.5-7b-rl-stage1", "rollout-num-gpus-per-engine=8")
+    assert any("key/value rows 512" in p for p in checks.problems(engine))
+
+
+def test_sft_with_megatron_alone_needs_the_loss():
+    found = planned("qwen2.5-7b-sft-stage1", "trainer=megatron", inputs={"data": "packed"})
+    assert found.value("--sft-data") == "packed" and "--prompt-data" not in found.argv
+    with pytest.raises(UserError, match="trains with slime"):
+        planned("qwen2.5-7b-rl-stage1", "trainer=megatron")
+
+
+def test_secrets_are_not_shown():
+    found = planned(
+        "qwen2.5-7b-rl-stage1",
+        extra=("--wandb-key", "hunter2", "--sglang-api-key=hunter2"),
+        slime="S",
+    )
+    assert "hunter2" not in render.shell(render.launch(found))
+    assert sum("export it as a variable" in p for p in checks.problems(found)) == 2
+
+
+def test_nothing_binds_beyond_loopback():
+    steps = render.launch(planned("qwen2.5-7b-sft-stage1", slime="S")).steps
+    assert steps[0].argv[:2] == ("ray", "start") and "0.0.0.0" not in str(steps)
+    assert steps[0].argv[steps[0].argv.index("--dashboard-host") + 1] == "127.0.0.1"
+    environment = json.loads(steps[1].argv[steps[1].argv.index("--runtime-env-json") + 1])
+    assert environment["env_vars"]["PYTHONPATH"] == "S"
+
+
+# The reference's scripts and tools.
+
+
+def script(path: str, *argv: str, **env: str):
+    shim = f'megatron-fp8() {{ "{sys.executable}" -m megatron_fp8_ext.cli "$@"; }}; exec() {{ "$@"; }}; '
+    text = (ROOT / path).read_text()
+    return subprocess.run(
+        ["bash", "-c", shim + text, path, *argv], capture_output=True, text=True, cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **env},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in presets.names() if not n.endswith("-bf16")])
+def test_each_script_is_one_line_over_its_preset(name):
+    preset = presets.get(name)
+    lines = (ROOT / preset.script).read_text().splitlines()
+    assert lines[1:] == [f'exec megatron-fp8 run {name} --as-script "$@"']
+    assert os.access(ROOT / preset.script, os.X_OK)
+
+
+def test_positional_habits():
+    done = script(
+        "scripts/CPT/InfiR2_CPT_FP8_7B_decay.sh", "--load", "exp/InfiR2_CPT_FP8_7B/checkpoints/iter_0035000",
+        "--nnodes", "2", "--rdzv_endpoint", "h0:29400", "--lr", "9e-5", "--dry-run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words in ("--load exp/InfiR2_CPT_FP8_7B/checkpoints \\", "--ckpt-step 35000", "--nnodes 2",
+                  "--rdzv-endpoint h0:29400", "--lr 9e-5"):  # fmt: skip
+        assert words in done.stdout, done.stdout
+    done = script(
+        "scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh", "--actor-num-nodes", "1", "--dry-run",
+        DATA_DIR="/d/sft", HF_CHECKPOINT="/m", REF_LOAD="/r", SAVE_DIR="/s",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "--actor-num-nodes 1",
+        "--prompt-data /d/sft",
+        "--ref-load /r",
+        "--save /s",
+        "--load /s",
+    ):
+        assert words in done.stdout, done.stdout
+
+
+def test_a_script_without_inputs_starts_nothing():
+    done = script("scripts/CPT/InfiR2_CPT_FP8_7B.sh")
+    assert done.returncode == 2 and "3 problems" in done.stderr, done.stderr
+
+
+def test_load_of_the_runs_own_folder_is_a_resume():
+    own = "exp/InfiR2_CPT_FP8_7B/checkpoints"
+    found = reference.translate(asked("qwen2.5-7b-cpt"), ["--load", own], {})
+    assert "init" not in found.request.inputs and not found.notes
+    with pytest.raises(UserError, match="--load needs a value"):
+        reference.translate(asked("qwen2.5-7b-cpt"), ["--load"], {})
+
+
+def test_the_tools_keep_their_argument_names():
+    words = tools.bf16_to_fp8(
+        ["--input-bf16-hf-path", "a", "--output-fp8-hf-path", "b", "--force-pow-2-scale", "False"]
+    )
+    assert words == ["convert", "hf-to-fp8", "a", "b", "--scale-format", "fp32"]
+    words = tools.torch_dist_to_hf(
+        ["--input-dir", "c/iter_0000005", "--output-dir", "d", "--origin-hf-dir", "e"]
+    )
+    assert words == [
+        "convert",
+        "megatron-to-hf",
+        "c",
+        "d",
+        "--hf-reference",
+        "e",
+        "--ckpt-step",
+        "5",
+    ]
+    with pytest.raises(UserError, match="--origin-hf-dir is missing"):
+        tools.torch_dist_to_hf(["--input-dir", "c", "--output-dir", "d"])
+
+
+# Each command of the reference's README that starts something of ours, as it stands there.
+README = """
+bash scripts/CPT/InfiR2_CPT_FP8_7B.sh
+bash scripts/CPT/InfiR2_CPT_FP8_7B_decay.sh --load exp/InfiR2_CPT_FP8_7B/checkpoints/iter_0035000
+bash scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh
+PYTHONPATH=training/Megatron-LM:training/slime python tools/convert_torch_dist_to_hf.py --input-dir /path/to/InfiR2_SFT_FP8_stg2 --output-dir /path/to/InfiR2_SFT_FP8_stg2_hf --origin-hf-dir /path/to/models/Qwen2.5-7B-Instruct
+python tools/bf16_cast_fp8.py --input-bf16-hf-path /path/to/InfiR2_SFT_FP8_stg2_hf --output-fp8-hf-path /path/to/InfiR2_SFT_FP8_stg2_hf_e8m0 --force-pow-2-scale True
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    "line", README.strip().splitlines(), ids=lambda line: line.split("/")[-1][:30]
+)
+def test_readme_commands_resolve(line, tmp_path):
+    for name, code in (
+        ("megatron-fp8", f'exec "{sys.executable}" -m megatron_fp8_ext.cli "$@"'),
+        ("python", f'PYTHONPATH="{ROOT}" exec "{sys.executable}" "$@"'),
+    ):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", f"{line} --dry-run"], capture_output=True, text=True, cwd=ROOT, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    expected = (
+        "megatron-fp8 convert"
+        if "tools/" in line
+        else "torchrun"
+        if "CPT" in line
+        else "ray job submit"
+    )
+    assert expected in done.stdout
+    if "decay" in line:
+        assert "--ckpt-step 35000" in done.stdout

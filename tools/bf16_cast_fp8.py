@@ -1,0 +1,1 @@
+../scripts/bf16_cast_fp8.py
