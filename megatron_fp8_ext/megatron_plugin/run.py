@@ -19,6 +19,7 @@ class Run:
         on_cpu: whether Megatron runs without a GPU.
         patches: names of the upstream symbols replaced so far.
         wants_cpu: an entry script of ours runs, which trains without a GPU even in BF16.
+        gpus_elsewhere: this process only parses; Ray actors train, and check their own GPUs.
     """
 
     recipe: FP8Recipe | None = None
@@ -26,6 +27,7 @@ class Run:
     on_cpu: bool = False
     patches: list[str] = field(default_factory=list)
     wants_cpu: bool = False
+    gpus_elsewhere: bool = False
 
 
 current = Run()

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.megatron_plugin import import_hook, run
+from megatron_fp8_ext.megatron_plugin import flags, import_hook, run
 from megatron_fp8_ext.recipe import FP8Recipe, ScaleFormat
 from megatron_fp8_ext.slime_plugin import transport
 
@@ -32,14 +32,20 @@ def init(args: Any) -> None:
     if recipe is not None:
         _hold_to(recipe, args)
         state.recipe = recipe
-        state.emulated = recipe.is_fp8 and os.environ.get(transport.EMULATE_VARIABLE) == "1"
+        state.emulated = recipe.is_fp8 and os.environ.get(flags.EMULATE_VARIABLE) == "1"
     from megatron_fp8_ext.slime_plugin import mismatch, reduction, weights
 
     seams = [*reduction.install(), *mismatch.install(args)]
     if recipe is not None and recipe.is_fp8:
         seams += weights.install(recipe.scale_format)
     what = recipe.short_str() if recipe is not None else "no FP8"
-    how = "EMULATED" if state.emulated else "TransformerEngine" if recipe and recipe.is_fp8 else "BF16"
+    how = (
+        "EMULATED"
+        if state.emulated
+        else "TransformerEngine"
+        if recipe and recipe.is_fp8
+        else "BF16"
+    )
     name = recipe.name if recipe is not None else "none"
     run.say(f"slime actor: recipe {name} | {what} | {how} | seams: {', '.join(seams) or 'none'}")
     following = getattr(args, "fp8_ext_next_init", None)
@@ -56,7 +62,7 @@ def _hold_to(recipe: FP8Recipe, args: Any) -> None:
         found = os.environ.get(name)
         if found is not None and found != wanted:
             raise UserError(_scales_message(recipe, f"the actor's environment has {name}={found}"))
-    emulated = os.environ.get(transport.EMULATE_VARIABLE) == "1"
+    emulated = os.environ.get(flags.EMULATE_VARIABLE) == "1"
     import torch
 
     if not torch.cuda.is_available() and not emulated:
@@ -111,8 +117,6 @@ def _check_context_is_ours() -> None:
     if user.get_fp8_context is not utils.get_fp8_context:
         raise UserError(
             "Megatron was imported in this Ray actor before our seam was set: put "
-            f"{transport.RECIPE_VARIABLE} into Ray's runtime environment (entrypoints/train_slime.py does), and "
+            f"{flags.RECIPE_VARIABLE} into Ray's runtime environment (entrypoints/train_slime.py does), and "
             "leave TORCH_DEVICE_BACKEND_AUTOLOAD on"
         )
-
-

@@ -78,7 +78,9 @@ def read(root: Path, where: str) -> Checkout:
     arguments = root / "slime" / "utils" / "arguments.py"
     for needed in (root / "train.py", loss, arguments):
         if not needed.is_file():
-            raise UserError(f"{where} = {root} is not a slime checkout: no {needed.relative_to(root)}")
+            raise UserError(
+                f"{where} = {root} is not a slime checkout: no {needed.relative_to(root)}"
+            )
     return Checkout(
         root=root.resolve(),
         per_step_batch="step_global_batch_size" in loss.read_text(),

@@ -93,7 +93,9 @@ def install(args: Any) -> list[str]:
     place = getattr(actor, "train_metric_utils", actor)
     native = getattr(place, "log_rollout_data", None)
     if native is None:
-        raise UserError("this slime's train actor has no log_rollout_data; use slime 8359c9a or v0.3.x")
+        raise UserError(
+            "this slime's train actor has no log_rollout_data; use slime 8359c9a or v0.3.x"
+        )
     if hasattr(native, _DONE):
         return []
 
@@ -111,7 +113,7 @@ def install(args: Any) -> list[str]:
         return result
 
     setattr(log_rollout_data, _DONE, True)
-    place.log_rollout_data = log_rollout_data
+    place.log_rollout_data = log_rollout_data  # type: ignore[union-attr]
     return [f"{place.__name__.removeprefix('slime.')}.log_rollout_data"]
 
 

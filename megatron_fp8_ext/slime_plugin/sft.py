@@ -70,7 +70,9 @@ def sft_loss(
     return loss, {"loss": loss.clone().detach()}
 
 
-def sft_rollout(args: Any, rollout_id: int, data_source: Any, evaluation: bool = False) -> list[Any]:
+def sft_rollout(
+    args: Any, rollout_id: int, data_source: Any, evaluation: bool = False
+) -> list[Any]:
     """Draw, tokenize and mask one batch of conversations. Value of `--rollout-function-path`.
 
     As slime's own `sft_rollout`, except that a batch is always full of usable samples: one without a response

@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.megatron_plugin.flags import RECIPE_VARIABLE
+from megatron_fp8_ext.megatron_plugin.flags import EMULATE_VARIABLE, RECIPE_VARIABLE
 from megatron_fp8_ext.recipe import INFIR2, INFIR2_RL, TE_FP32_SCALES, FP8Recipe, get_recipe
 
-EMULATE_VARIABLE = "MEGATRON_FP8_EXT_EMULATE"
-# What a driver without a GPU of its own does for Ray in each worker, see `job_variables`.
+# Ours to carry on to the workers where they are set.
 _INHERITED = ("MEGATRON_FP8_EXT", EMULATE_VARIABLE)
 
 
@@ -38,7 +37,7 @@ def runtime_env(variables: Mapping[str, str], environ: Mapping[str, str]) -> dic
     Raises:
         UserError: the submitted runtime environment contradicts the recipe.
     """
-    submitted = _submitted(environ)
+    submitted = submitted(environ)
     for name, wanted in variables.items():
         found = submitted.get(name)
         if found is not None and found != wanted:
@@ -49,7 +48,8 @@ def runtime_env(variables: Mapping[str, str], environ: Mapping[str, str]) -> dic
     return {"env_vars": {k: v for k, v in variables.items() if k not in submitted}}
 
 
-def _submitted(environ: Mapping[str, str]) -> dict[str, str]:
+def submitted(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that `ray job submit --runtime-env-json` set for this job."""
     text = environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
     if not text:
         return {}

@@ -110,7 +110,9 @@ def quantize(
     if found is None:
         return named
     if _UNTESTED.fullmatch(found.group(2)):
-        raise UserError(f"the FP8 push of {megatron_name} was never tried: such layers are not supported")
+        raise UserError(
+            f"the FP8 push of {megatron_name} was never tried: such layers are not supported"
+        )
     if _LINEAR.fullmatch(found.group(2)) is None:
         return named
     kept = [skipped(name, config) for name, _ in named]
@@ -132,7 +134,10 @@ def quantize(
     out: Named = []
     for name, weight in named:
         codes, scale_inv = cast(weight, scale_format)
-        out += [(name, codes), (f"{name}_scale_inv", layout(scale_inv, codes) if layout else scale_inv)]
+        out += [
+            (name, codes),
+            (f"{name}_scale_inv", layout(scale_inv, codes) if layout else scale_inv),
+        ]
     return out
 
 
