@@ -37,15 +37,15 @@ def runtime_env(variables: Mapping[str, str], environ: Mapping[str, str]) -> dic
     Raises:
         UserError: the submitted runtime environment contradicts the recipe.
     """
-    submitted = submitted(environ)
+    theirs = submitted(environ)
     for name, wanted in variables.items():
-        found = submitted.get(name)
+        found = theirs.get(name)
         if found is not None and found != wanted:
             raise UserError(
                 f"--runtime-env-json sets {name}={found}, and --fp8-recipe "
                 f"{variables[RECIPE_VARIABLE]} needs {name}={wanted}; drop it there"
             )
-    return {"env_vars": {k: v for k, v in variables.items() if k not in submitted}}
+    return {"env_vars": {k: v for k, v in variables.items() if k not in theirs}}
 
 
 def submitted(environ: Mapping[str, str]) -> dict[str, str]:
