@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fp8_ext import __version__, registry
-from megatron_fp8_ext.commands import data
+from megatron_fp8_ext.commands import data, rl
 from megatron_fp8_ext.errors import UserError, unknown_name
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data.app, name="data")
+app.add_typer(rl.app, name="rl")
 _out = Console()
 
 
@@ -97,12 +98,22 @@ def expand(context: typer.Context) -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    slime: Annotated[bool, typer.Option("--slime", help="also what slime needs")] = False,
+    hf_checkpoint: Annotated[Path | None, typer.Option(help="served model, for --slime")] = None,
+    engine_gpus: Annotated[int, typer.Option(help="GPUs of a rollout engine")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(help="of training")] = 1,
+) -> None:
     """What is installed, which seams apply, what conflicts, and how to mend it (exit 1 if broken)."""
     from megatron_fp8_ext import doctor as checks
     from megatron_fp8_ext.megatron_plugin.patches import PATCHES
 
     findings = checks.examine()
+    if slime:
+        from megatron_fp8_ext.slime_plugin.examine import examine
+
+        rows = examine(hf_checkpoint, engine_gpus, tensor_parallel)
+        findings += [checks.Finding(*row) for row in rows]
     table = Table("", "what", "found", "mend", box=None)
     style = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fail": "[red]FAIL[/]"}
     for finding in findings:

@@ -88,7 +88,8 @@ def _hold_to(recipe: FP8Recipe, args: Any) -> None:
 def _scales_message(recipe: FP8Recipe, found: str) -> str:
     name, wanted = next(iter(recipe.environment.items()))
     return (
-        f"recipe {recipe.name} has {recipe.scale_format} scales, but {found}; set {name}={wanted} with slime's "
+        f"recipe {recipe.name} has {recipe.scale_format} scales, but {found}; set "
+        f"{name}={wanted} with slime's "
         f'--train-env-vars \'{{"{name}": "{wanted}"}}\' or in Ray\'s runtime environment (not in the actor, '
         "where TransformerEngine is imported already), or start with entrypoints/train_slime.py"
     )

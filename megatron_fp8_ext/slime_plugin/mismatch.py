@@ -1,8 +1,8 @@
 """How far the rollout's policy is from the trained one: measured every step, refused when too far.
 
-For each response token slime has the log-probability that the server sampled it with and the one that training
-computes for it before the step. With equal numbers on both sides they differ only by kernels; a weight push
-that did not arrive, or another scale format, shows in the first step.
+For each response token slime has the log-probability that the server sampled it with and the one that
+training computes for it before the step. With equal numbers on both sides they differ only by kernels; a
+weight push that did not arrive, or another scale format, shows in the first step.
 
 Logged under slime's `rollout/` in TensorBoard and W&B: `rollout/train_rollout_kl` (the k3 estimate of
 KL(rollout || train), nats a token), `rollout/train_rollout_logprob_abs_diff` (mean) and
@@ -163,6 +163,7 @@ def _record(found: Mismatch, rollout_id: int, rollout_data: Any) -> None:
     for name, value in asdict(found).items():
         rollout_data[name] = [value]
     run.say(
-        f"rollout {rollout_id}: train/rollout KL {found.train_rollout_kl:.3e}, log-probability difference mean "
+        f"rollout {rollout_id}: train/rollout KL {found.train_rollout_kl:.3e}, "
+        "log-probability difference mean "
         f"{found.train_rollout_logprob_abs_diff:.3e} max {found.train_rollout_logprob_max_diff:.3e}"
     )

@@ -83,7 +83,8 @@ def rollout_numbers(config: Mapping[str, Any], recipe: FP8Recipe) -> str | None:
         )
     if not recipe.is_fp8:
         return (
-            f"--fp8-recipe {recipe.name} trains in BF16 and --hf-checkpoint is served in FP8 (weights 2.7e-2 of "
+            f"--fp8-recipe {recipe.name} trains in BF16 and --hf-checkpoint is served in "
+            "FP8 (weights 2.7e-2 of "
             "their norm apart); give the BF16 folder"
         )
     weights.check_config(quantization)
@@ -92,8 +93,10 @@ def rollout_numbers(config: Mapping[str, Any], recipe: FP8Recipe) -> str | None:
         return None
     wanted = "e8m0" if recipe.scale_format == "power_of_two" else "fp32"
     return (
-        f"--fp8-recipe {recipe.name} trains with {recipe.scale_format} scales and --hf-checkpoint is served with "
-        f"{served} ones (scale_fmt: {quantization.get('scale_fmt')}): {MIXED_COST}; make it with `megatron-fp8 "
+        f"--fp8-recipe {recipe.name} trains with {recipe.scale_format} scales and "
+        "--hf-checkpoint is served with "
+        f"{served} ones (scale_fmt: {quantization.get('scale_fmt')}): {MIXED_COST}; make it "
+        "with `megatron-fp8 "
         f"convert hf-to-fp8 --scale-format {wanted}`, or train with the other recipe"
     )
 

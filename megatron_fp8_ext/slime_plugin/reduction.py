@@ -1,10 +1,10 @@
 """The gradient scale of slime's loss under `--calculate-per-token-loss`, right at every commit.
 
 Megatron sums such a loss over micro-batches and ranks and divides once, by the tokens of the global batch,
-counted by every context-parallel rank. The loss must therefore come back multiplied by cp and by nothing else.
-Up to #987 (2025-12-01) slime multiplied by num_microbatches * dp * cp / global_batch_size in this mode too, so
-that under dynamic batching the gradient changed its scale from step to step. And at every commit a sample whose
-mask is empty counts as one token.
+counted by every context-parallel rank. The loss must therefore come back multiplied by cp and by nothing
+else. Up to #987 (2025-12-01) slime multiplied by num_microbatches * dp * cp / global_batch_size in this mode
+too, so that under dynamic batching the gradient changed its scale from step to step. And at every commit a
+sample whose mask is empty counts as one token.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def wrap(loss: ModuleType) -> Any:
     expected = ["args", "batch", "num_microbatches", "step_global_batch_size", "logits"]
     if names != [n for n in expected if per_step_batch or n != "step_global_batch_size"]:
         raise UserError(
-            f"this slime's loss_function({', '.join(names)}) is unknown: its gradient scale cannot be checked; "
+            f"this slime's loss_function({', '.join(names)}) is unknown: its gradient scale "
+            "cannot be checked; "
             "use slime 8359c9a or v0.3.x"
         )
 

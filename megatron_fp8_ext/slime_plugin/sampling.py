@@ -38,13 +38,15 @@ def reward_varies(args: Any, samples: list[Any], **unused: Any) -> Any:
         seen = sorted({round(r, 3) for r in _dropped_in_a_row})
         _dropped_in_a_row.clear()
         hint = (
-            "the reward finds no right answer: is its answer format the model's? (deepscaler needs </think> or "
+            "the reward finds no right answer: is its answer format the model's? "
+            "(deepscaler needs </think> or "
             "###Response)"
             if seen == [0.0]
             else "the prompts are too easy or too hard for this model"
         )
         raise UserError(
-            f"{limit} groups one after another had equal rewards ({', '.join(map(str, seen[:5]))}), so no group "
+            f"{limit} groups one after another had equal rewards "
+            f"({', '.join(map(str, seen[:5]))}), so no group "
             f"can be trained on: {hint}; raise --max-dropped-groups to sample on"
         )
     return types.DynamicFilterOutput(keep=False, reason=f"zero_std_{round(rewards[0], 1)}")
@@ -68,8 +70,8 @@ def flatten(samples: list[Any]) -> list[Any]:
 def length_penalty(length: int, longest: int, buffer: int, factor: float) -> float:
     """Return what is added to the reward: 0 up to `longest - buffer` tokens, then down to -factor.
 
-    The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13), which the reference's RL scripts name
-    but leave commented out: buffer 1024, factor 1.0, longest 8192 in stage 1 and 16384 in stage 2.
+    The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13), which the reference's RL scripts
+    name but leave commented out: buffer 1024, factor 1.0, longest 8192 in stage 1 and 16384 in stage 2.
     """
     if buffer <= 0:
         return 0.0 if length <= longest else -factor
@@ -80,8 +82,9 @@ def length_penalty(length: int, longest: int, buffer: int, factor: float) -> flo
 def penalize_length(args: Any, samples: list[Any]) -> tuple[list[float], list[float]]:
     """Rewards less the length penalty, normalized in their groups. For `--custom-reward-post-process-path`.
 
-    Evaluation never comes here. Lengths are limited by `--rollout-max-response-len`; `--length-penalty-buffer`
-    (1024) and `--length-penalty-factor` (1.0) are ours. The normalization is slime's own, by group.
+    Evaluation never comes here. Lengths are limited by `--rollout-max-response-len`;
+    `--length-penalty-buffer` (1024) and `--length-penalty-factor` (1.0) are ours. The normalization is
+    slime's own, by group.
 
     Returns:
         (rewards as the reward model gave them, for the log; rewards to train on).

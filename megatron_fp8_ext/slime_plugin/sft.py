@@ -100,7 +100,8 @@ def sft_rollout(
             reasons[reason] = reasons.get(reason, 0) + 1
     if len(groups) < wanted:
         raise UserError(
-            f"SFT batch {rollout_id}: {len(groups)} of {wanted} samples are usable after {_MAX_DRAWS} draws of "
+            f"SFT batch {rollout_id}: {len(groups)} of {wanted} samples are usable after "
+            f"{_MAX_DRAWS} draws of "
             f"the data: {_shown(reasons)}; look at the chat template (--loss-mask-type) and --sft-too-long"
         )
     if reasons:

@@ -1,7 +1,7 @@
 """The reference's two RL stages as data: GRPO on dapo-math-17k, answers shrunk to 8k, then let grow to 16k.
 
-Source: scripts/RL/InfiR2_RL_FP8_7B_stage{1,2}_4node.sh of InfiXAI/InfiR2 (d3a5456). The stages differ in length,
-temperature and tokens per GPU, and in nothing else.
+Source: scripts/RL/InfiR2_RL_FP8_7B_stage{1,2}_4node.sh of InfiXAI/InfiR2 (d3a5456). The stages differ in
+length, temperature and tokens per GPU, and in nothing else.
 """
 
 from __future__ import annotations

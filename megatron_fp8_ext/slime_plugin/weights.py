@@ -2,8 +2,9 @@
 
 slime's quantizer casts with FP32 scales whatever training used, by a rounding of its own, and never reads the
 list of modules the servers keep in BF16. `install` replaces it, at both commits, by `fp8/reference.py` in the
-recipe's scale format. The parameters come here gathered and split into Hugging Face's matrices, in BF16 or, under
-`--fp8-param-gather`, dequantized from FP8: casting those again gives the same numbers (tests/slime).
+recipe's scale format. The parameters come here gathered and split into Hugging Face's matrices, in BF16
+or, under `--fp8-param-gather`, dequantized from FP8: casting those again gives the same numbers
+(tests/slime).
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def quantize(
     if trained_in_bf16(args, int(found.group(1))):
         if not all(kept):
             raise UserError(
-                f"--first-last-layers-bf16 trains layer {found.group(1)} in BF16, and the served model has it in "
+                f"--first-last-layers-bf16 trains layer {found.group(1)} in BF16, and the "
+                "served model has it in "
                 f"FP8; add {_module(named[0][0])} and its like to modules_to_not_convert in the config.json "
                 "of --hf-checkpoint"
             )
@@ -170,7 +172,8 @@ def check_config(config: Mapping[str, Any]) -> None:
             found = list(found)
         if found != value:
             raise UserError(
-                f"quantization_config of --hf-checkpoint has {field}: {found}, and training's casts are {value}; "
+                f"quantization_config of --hf-checkpoint has {field}: {found}, and "
+                f"training's casts are {value}; "
                 "make the served checkpoint with `megatron-fp8 convert hf-to-fp8`"
             )
 
@@ -223,7 +226,8 @@ def _blackwell_layout() -> Any:
     def layout(scale_inv: Tensor, codes: Tensor) -> Any:
         if (scale_inv.view(_int32()) & 0x007FFFFF).any():
             raise UserError(
-                "this GPU's rollout kernels take power-of-two scales only, and the recipe has FP32 scales: use "
+                "this GPU's rollout kernels take power-of-two scales only, and the recipe "
+                "has FP32 scales: use "
                 "--fp8-recipe infir2 on Blackwell"
             )
         return sglang.transform_scale_ue8m0(scale_inv, mn=codes.shape[-2])

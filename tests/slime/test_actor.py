@@ -61,7 +61,9 @@ except Exception as error:
 def test_name_and_scale_format_inside_a_real_ray_actor(recipe, fp32):
     import os
 
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("MEGATRON_FP8", "NVTE_", "RAY_"))}
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(("MEGATRON_FP8", "NVTE_", "RAY_"))
+    }
     env |= {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RAY, recipe],
@@ -69,7 +71,9 @@ def test_name_and_scale_format_inside_a_real_ray_actor(recipe, fp32):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"LOOK {recipe} {fp32} True False" in done.stdout
-    assert "sees no GPU" in done.stdout.split("INIT")[1]  # all else was right; emulation was not asked for
+    assert (
+        "sees no GPU" in done.stdout.split("INIT")[1]
+    )  # all else was right; emulation was not asked for
     assert f"recipe {recipe} has" in done.stdout.split("WRONG")[1]
 
 

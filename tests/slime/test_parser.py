@@ -1,4 +1,5 @@
-"""slime's real parser with our flags: expansion, stages, unknown flags, preflight; and leftovers without slime."""
+"""slime's real parser with our flags: expansion, stages, unknown flags, preflight; and "
+"leftovers without slime."""
 
 from __future__ import annotations
 
@@ -35,8 +36,10 @@ print("ARGS", json.dumps({k: getattr(args, k, None) for k in keys}))
 
 MODEL = (
     "--num-layers 2 --hidden-size 512 --ffn-hidden-size 1024 --num-attention-heads 4 --group-query-attention "
-    "--num-query-groups 2 --add-qkv-bias --disable-bias-linear --swiglu --normalization RMSNorm --norm-epsilon 1e-6 "
-    "--use-rotary-position-embeddings --rotary-base 1000000 --vocab-size 1000 --untie-embeddings-and-output-weights "
+    "--num-query-groups 2 --add-qkv-bias --disable-bias-linear --swiglu --normalization "
+    "RMSNorm --norm-epsilon 1e-6 "
+    "--use-rotary-position-embeddings --rotary-base 1000000 --vocab-size 1000 "
+    "--untie-embeddings-and-output-weights "
     "--micro-batch-size 1"
 ).split()
 QUANTIZATION = {
@@ -59,7 +62,14 @@ def served(tmp_path):
 
 def parse(tree, served, recipe, *extra):
     layout = "--actor-num-nodes 1 --actor-num-gpus-per-node 1 --rollout-num-gpus 1 --prompt-data x.jsonl".split()
-    where = ["--hf-checkpoint", str(served), "--ref-load", str(served / "ref"), "--input-key", "prompt"]
+    where = [
+        "--hf-checkpoint",
+        str(served),
+        "--ref-load",
+        str(served / "ref"),
+        "--input-key",
+        "prompt",
+    ]
     words = [*MODEL, *layout, *where, *STAGES["1"].flags(), "--fp8-recipe", recipe, *extra]
     return trees.python(tree, CODE, json.dumps(words), recipe)
 
@@ -67,14 +77,29 @@ def parse(tree, served, recipe, *extra):
 @pytest.mark.slime
 @pytest.mark.parametrize("tree", trees.params())
 def test_slimes_parser_takes_a_stage_and_our_recipe(tree, served):
-    done = parse(tree, served, "infir2-rl", "--custom-megatron-init-path", "acme.init", "--max-dropped-groups", "9")
+    done = parse(
+        tree,
+        served,
+        "infir2-rl",
+        "--custom-megatron-init-path",
+        "acme.init",
+        "--max-dropped-groups",
+        "9",
+    )
     assert "ARGS" in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
     args = json.loads(done.stdout.split("ARGS ")[1].splitlines()[0])
-    assert (args["fp8"], args["fp8_recipe"], args["fp8_ext_recipe"]) == ("e4m3", "blockwise", "infir2-rl")
+    assert (args["fp8"], args["fp8_recipe"], args["fp8_ext_recipe"]) == (
+        "e4m3",
+        "blockwise",
+        "infir2-rl",
+    )
     assert (args["eps_clip"], args["eps_clip_high"], args["use_tis"]) == (0.2, 0.28, True)
     assert (args["rollout_max_response_len"], args["rollout_temperature"]) == (8192, 1.0)
     assert args["global_batch_size"] == 2048 and args["advantage_estimator"] == "grpo"
-    assert args["custom_megatron_init_path"] == launch.INIT and args["fp8_ext_next_init"] == "acme.init"
+    assert (
+        args["custom_megatron_init_path"] == launch.INIT
+        and args["fp8_ext_next_init"] == "acme.init"
+    )
     assert args["max_dropped_groups"] == 9
 
 
@@ -82,10 +107,13 @@ def test_slimes_parser_takes_a_stage_and_our_recipe(tree, served):
 @pytest.mark.parametrize("tree", trees.params())
 def test_mixed_scales_and_unknown_flags_stop_the_command(tree, served):
     mixed = parse(tree, served, "infir2")
-    assert "REFUSED --fp8-recipe infir2 trains with power_of_two scales" in mixed.stdout, mixed.stderr[-3000:]
+    assert "REFUSED --fp8-recipe infir2 trains with power_of_two scales" in mixed.stdout, (
+        mixed.stderr[-3000:]
+    )
     typo = parse(tree, served, "infir2-rl", "--sglang-mem-fracton-static", "0.5")
     assert "REFUSED slime and Megatron know no --sglang-mem-fracton-static" in typo.stdout or (
-        typo.returncode == 2 and "unrecognized arguments: --sglang-mem-fracton-static" in typo.stderr
+        typo.returncode == 2
+        and "unrecognized arguments: --sglang-mem-fracton-static" in typo.stderr
     )
 
 
@@ -108,7 +136,11 @@ def test_leftovers_are_what_every_parser_left(monkeypatch):
 def test_stages_differ_in_length_and_temperature_only():
     one, two = STAGES["1"].flags(), STAGES["2"].flags()
     differing = {one[i - 1] for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b}
-    assert differing == {"--rollout-max-response-len", "--rollout-temperature", "--max-tokens-per-gpu"}
+    assert differing == {
+        "--rollout-max-response-len",
+        "--rollout-temperature",
+        "--max-tokens-per-gpu",
+    }
     assert "--custom-reward-post-process-path" in STAGES["2"].flags(length_penalty=True)
 
 

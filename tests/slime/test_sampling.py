@@ -119,7 +119,12 @@ class Masks:
 
 
 def sft_args(**changes):
-    base = {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 4, "context_parallel_size": 2, "rollout_batch_size": 2}
+    base = {
+        "use_dynamic_batch_size": True,
+        "max_tokens_per_gpu": 4,
+        "context_parallel_size": 2,
+        "rollout_batch_size": 2,
+    }
     return Namespace(**{**base, **changes})
 
 
@@ -183,7 +188,9 @@ def test_mismatch_is_zero_for_equal_and_refused_for_a_lost_push():
     here, mask = log_probs(logits), torch.ones(4096)
     same = mismatch.from_totals(mismatch.totals(here, here, mask))
     assert (same.train_rollout_kl, same.train_rollout_logprob_max_diff) == (0, 0)
-    near = mismatch.from_totals(mismatch.totals(log_probs(logits + 0.02 * torch.randn_like(logits)), here, mask))
+    near = mismatch.from_totals(
+        mismatch.totals(log_probs(logits + 0.02 * torch.randn_like(logits)), here, mask)
+    )
     mismatch.check(near, 0, mismatch.DEFAULT_LIMIT)
     other = logits + 0.5 * torch.randn_like(logits)
     far = mismatch.from_totals(mismatch.totals(log_probs(other), here, mask))

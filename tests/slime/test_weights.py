@@ -1,4 +1,5 @@
-"""The weight push through slime's own converter, against the codes training's emulated GEMM used, bit for bit."""
+"""The weight push through slime's own converter, against the codes training's emulated "
+"GEMM used, bit for bit."""
 
 from __future__ import annotations
 
@@ -157,7 +158,12 @@ def test_layers_trained_in_bf16_must_be_served_so():
     assert inner[0][1].dtype == torch.float8_e4m3fn
 
 
-SHAPE = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+SHAPE = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
 
 
 def test_mixed_scales_are_refused_with_the_measured_cost():

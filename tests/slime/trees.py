@@ -23,11 +23,14 @@ def found() -> list[Path]:
 
 def params() -> list:
     return [
-        pytest.param(p, id="v0.3" if checkout.read(p, "").per_step_batch else "8359c9a") for p in found()
+        pytest.param(p, id="v0.3" if checkout.read(p, "").per_step_batch else "8359c9a")
+        for p in found()
     ] or [
         pytest.param(
             None,
-            marks=pytest.mark.skip(reason="needs a slime checkout: SLIME_PATH or third_party/slime"),
+            marks=pytest.mark.skip(
+                reason="needs a slime checkout: SLIME_PATH or third_party/slime"
+            ),
         )
     ]
 
@@ -43,7 +46,9 @@ def python(tree: Path, code: str, *argv: str, needs: tuple[str, ...] = (), **env
         if not megatron:
             pytest.skip("slime 8359c9a needs the Megatron-LM of its time: MEGATRON_LM_PATH")
         path.append(megatron)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MEGATRON_FP8", "NVTE_", "RAY_"))}
+    clean = {
+        k: v for k, v in os.environ.items() if not k.startswith(("MEGATRON_FP8", "NVTE_", "RAY_"))
+    }
     clean |= {"PYTHONPATH": os.pathsep.join(path), "RAY_AUTH_MODE": "disabled", **env}
     clean.pop("SLIME_PATH", None)
     return subprocess.run(
