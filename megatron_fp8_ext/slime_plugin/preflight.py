@@ -133,7 +133,8 @@ def block_mismatch(config: Mapping[str, Any], tp: int) -> str | None:
     if not bad:
         return None
     return (
-        f"training's 128x128 blocks are not the served model's: {', '.join(bad)} no multiple of 128, so codes and "
+        f"training's 128x128 blocks are not the served model's: {', '.join(bad)} no multiple of 128, so "
+        "codes and "
         "scales differ (weights 2.9e-2 of their norm apart where blocks are shifted)"
     )
 
@@ -170,8 +171,10 @@ def refuse_engine_tp(config: Mapping[str, Any], tp: int) -> None:
                 if all(_splits(k, v, n, kv_heads, size) for k, v in sizes.items())
             ]
             raise UserError(
-                f"--rollout-num-gpus-per-engine {tp}: {name} = {total} does not split into {tp} parts of whole "
-                f"{BLOCK}-blocks, and SGLang would refuse to start; use {' or '.join(map(str, good)) or 'BF16'}"
+                f"--rollout-num-gpus-per-engine {tp}: {name} = {total} does not split into {tp} "
+                "parts of whole "
+                f"{BLOCK}-blocks, and SGLang would refuse to start; use "
+                f"{' or '.join(map(str, good)) or 'BF16'}"
             )
 
 
@@ -190,7 +193,8 @@ def refuse_unsafe_loading(environ: Mapping[str, str]) -> None:
     """
     if environ.get(UNSAFE, "0").lower() not in ("", "0", "n", "no", "false"):
         raise UserError(
-            f"{UNSAFE}={environ[UNSAFE]}: any checkpoint could run code in this job; unset it (nothing here needs it)"
+            f"{UNSAFE}={environ[UNSAFE]}: any checkpoint could run code in this job; unset it "
+            "(nothing here needs it)"
         )
 
 
@@ -226,6 +230,7 @@ def refuse_open_hosts(args: Any) -> None:
     for name in ("sglang_host", "sglang_router_ip", "router_host", "prefill_host"):
         if getattr(args, name, None) in ("0.0.0.0", "::"):
             raise UserError(
-                f"--{name.replace('_', '-')} {getattr(args, name)} listens on every interface without a password; "
+                f"--{name.replace('_', '-')} {getattr(args, name)} listens on every interface "
+                "without a password; "
                 "give the address of the cluster's own network"
             )
