@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fp8_ext import __version__, presets, registry
-from megatron_fp8_ext.commands import bench, compare, data
+from megatron_fp8_ext.commands import bench, compare, data, rl
 from megatron_fp8_ext.commands import run as run_command
 from megatron_fp8_ext.errors import UserError, unknown_name
 
@@ -29,6 +29,7 @@ app.command("report")(compare.report_)
 app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
     run_command.run
 )
+app.add_typer(rl.app, name="rl")
 _out = Console()
 
 
@@ -119,12 +120,22 @@ def expand(context: typer.Context) -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    slime: Annotated[bool, typer.Option("--slime", help="also what slime needs")] = False,
+    hf_checkpoint: Annotated[Path | None, typer.Option(help="served model, for --slime")] = None,
+    engine_gpus: Annotated[int, typer.Option(help="GPUs of a rollout engine")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(help="of training")] = 1,
+) -> None:
     """What is installed, which seams apply, what conflicts, and how to mend it (exit 1 if broken)."""
     from megatron_fp8_ext import doctor as checks
     from megatron_fp8_ext.megatron_plugin.patches import PATCHES
 
     findings = checks.examine()
+    if slime:
+        from megatron_fp8_ext.slime_plugin.examine import examine
+
+        rows = examine(hf_checkpoint, engine_gpus, tensor_parallel)
+        findings += [checks.Finding(*row) for row in rows]
     table = Table("", "what", "found", "mend", box=None)
     style = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fail": "[red]FAIL[/]"}
     for finding in findings:

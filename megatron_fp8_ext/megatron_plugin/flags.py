@@ -22,6 +22,7 @@ EMULATE = "--fp8-emulate"
 NO_PARAM_GATHER = "--no-fp8-param-gather"
 # The way in where no command line reaches: a Ray actor's sys.argv is Ray's own.
 RECIPE_VARIABLE = "MEGATRON_FP8_EXT_RECIPE"
+EMULATE_VARIABLE = "MEGATRON_FP8_EXT_EMULATE"
 OWN_FLAGS = (EMULATE, NO_PARAM_GATHER)
 NATIVE_RECIPES = ("delayed", "tensorwise", "mxfp8", "blockwise", "custom")
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"

@@ -104,7 +104,7 @@ def _expand_before_parsing(parser: argparse.ArgumentParser) -> None:
 
 
 def _expand(argv: Sequence[str], options: frozenset[str]) -> flags.Expansion:
-    has_gpu, gap = compat.process_fp8_gap()
+    has_gpu, gap = (True, None) if run.current.gpus_elsewhere else compat.process_fp8_gap()
     load = arguments.value(argv, "--load")
     step = arguments.value(argv, "--ckpt-step")
     ours = flags.requested(argv, os.environ) is not None

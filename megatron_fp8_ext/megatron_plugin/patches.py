@@ -217,6 +217,7 @@ def register() -> None:
 
     asked = flags.requested(sys.argv[1:], os.environ) is not None
     on_cpu = (asked or run.current.wants_cpu) and not torch.cuda.is_available()
+    on_cpu = on_cpu and not run.current.gpus_elsewhere
     if on_cpu:
         from megatron_fp8_ext.megatron_plugin import cpu, cpu_torch
 
@@ -225,10 +226,11 @@ def register() -> None:
         # Megatron asserts it for tensor parallelism; it means nothing without a GPU.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     run.current.on_cpu = on_cpu
-    emulation = on_cpu or flags.EMULATE in sys.argv
+    # The second for Ray actors, whose command line is Ray's own (slime_plugin/transport.py).
+    emulated = flags.EMULATE in sys.argv or os.environ.get(flags.EMULATE_VARIABLE) == "1"
     active: dict[When, bool] = {
         "always": True,
-        "emulation": emulation,
+        "emulation": on_cpu or emulated,
         "cpu": on_cpu,
         "stats": any(token.startswith(stats_flags.INTERVAL) for token in sys.argv),
         "chunked loss": arguments.value(sys.argv[1:], linear_loss.FLAG) == "chunked",

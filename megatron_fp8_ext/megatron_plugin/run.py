@@ -24,6 +24,7 @@ class Run:
         patches: names of the upstream symbols replaced so far.
         stats: interval and folder of the numerics taps; None without them.
         wants_cpu: an entry script of ours runs, which trains without a GPU even in BF16.
+        gpus_elsewhere: this process only parses; Ray actors train, and check their own GPUs.
     """
 
     recipe: FP8Recipe | None = None
@@ -32,6 +33,7 @@ class Run:
     patches: list[str] = field(default_factory=list)
     wants_cpu: bool = False
     stats: Stats | None = None
+    gpus_elsewhere: bool = False
 
 
 current = Run()

@@ -62,3 +62,20 @@ def test_missing_torch_fails(monkeypatch):
     failed = {f.subject for f in findings if f.level == "fail"}
     assert {"torch", "Megatron"} <= failed
     assert all(f.mend for f in findings if f.level == "fail")
+
+
+@pytest.mark.parametrize(
+    ("words", "level"),
+    [
+        (["--host=127.0.0.1"], "ok"),
+        ([], "ok"),
+        (["--host=0.0.0.0"], "fail"),
+        (["--host=::"], "fail"),
+    ],
+)
+def test_a_ray_dashboard_open_to_the_world_fails(words, level):
+    from megatron_fp8_ext.slime_plugin.examine import dashboards
+
+    line = ["python", "site-packages/ray/dashboard/dashboard.py", *words]
+    (row,) = dashboards([["bash"], line])
+    assert row[0] == level and row[1] == "Ray dashboard"

@@ -1,0 +1,67 @@
+"""slime v0.3's own plugin contract tests with our paths, and the seam of the mismatch at both commits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import trees
+
+pytestmark = pytest.mark.slime
+
+
+@pytest.mark.parametrize("tree", trees.params())
+def test_slimes_plugin_contracts_accept_our_filter(tree):
+    contracts = tree / "tests" / "plugin_contracts"
+    if not contracts.is_dir():
+        pytest.skip("this slime has no plugin contracts")
+    filter_path = "megatron_fp8_ext.slime_plugin.reward_varies"
+    env = {k: v for k, v in os.environ.items() if k != "SLIME_PATH"}
+    env |= {
+        "PYTHONPATH": f"{tree}:{trees.ROOT}",
+        "SLIME_CONTRACT_DYNAMIC_SAMPLING_FILTER_PATH": filter_path,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(contracts),
+         str(contracts / "test_plugin_path_loading_contracts.py"), "-k", "dynamic"],
+        capture_output=True, text=True, env=env, cwd="/", timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+SEAM = r"""
+from argparse import Namespace
+import torch
+from megatron.core import mpu
+from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.slime_plugin import mismatch
+import slime.backends.megatron_utils.actor as actor
+place = getattr(actor, "train_metric_utils", actor)
+seen = []
+place.log_rollout_data = lambda rollout_id, args, rollout_data: seen.append(dict(rollout_data))
+args = Namespace(max_train_rollout_diff=None)
+print(mismatch.install(args), mismatch.install(args))
+a = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])]
+data = {"log_probs": a, "rollout_log_probs": [x.clone() for x in a], "loss_masks": [torch.ones(2), torch.ones(1)],
+        "total_lengths": [4, 3], "response_lengths": [2, 1]}
+place.log_rollout_data(0, args, data)
+assert seen[0]["train_rollout_kl"] == [0.0] and seen[0]["train_rollout_logprob_max_diff"] == [0.0], seen
+data["rollout_log_probs"][1] -= 2
+try:
+    place.log_rollout_data(1, args, data)
+except UserError as error:
+    print("STOPPED", error)
+assert len(seen) == 2  # logged before it stops
+assert place.log_rollout_data(2, args, {"log_probs": None}) is None  # SFT: nothing to compare
+"""
+
+
+@pytest.mark.parametrize("tree", trees.params())
+def test_a_rollout_of_other_weights_stops_the_train_actor(tree):
+    done = trees.python(tree, SEAM)
+    assert "STOPPED rollout 1: train and rollout log-probabilities differ" in done.stdout, (
+        done.stderr[-3000:]
+    )
