@@ -27,4 +27,5 @@ def autoload() -> None:
 def _asked(argv: list[str]) -> bool:
     if os.environ.get("MEGATRON_FP8_EXT_RECIPE"):
         return True
-    return any(token.startswith(("--fp8-recipe", "--fp8-emulate")) for token in argv)
+    own = ("--fp8-recipe", "--fp8-emulate", "--lr-schedule", "--wsd-")
+    return any(token.startswith(own) for token in argv)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from megatron_fp8_ext.megatron_plugin import flags, import_hook, run
+from megatron_fp8_ext.megatron_plugin import arguments, flags, import_hook, run
+from megatron_fp8_ext.megatron_plugin.branch import FROM
 
-When = Literal["always", "emulation", "cpu"]
+When = Literal["always", "ours", "branch", "emulation", "cpu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,21 @@ def _parser(module: ModuleType) -> None:
     from megatron_fp8_ext.megatron_plugin import parser
 
     parser.wrap_add_megatron_arguments(module)
+
+
+def _data_order(name: str) -> Callable[[ModuleType], None]:
+    def apply(module: ModuleType) -> None:
+        from megatron_fp8_ext.megatron_plugin import data_order
+
+        getattr(data_order, name)(module)
+
+    return apply
+
+
+def _branch_load(module: ModuleType) -> None:
+    from megatron_fp8_ext.megatron_plugin import branch_load
+
+    branch_load.wrap_scheduler(module)
 
 
 def _precision(name: str) -> Callable[[ModuleType], None]:
@@ -104,6 +120,34 @@ PATCHES: tuple[Patch, ...] = (
         delete_when="the wheel ships its Makefile, or checks for the compiled module",
         when="always",
         apply=_skip_missing_makefile,
+    ),
+    Patch(
+        module="megatron.core.datasets.blended_megatron_dataset_builder",
+        symbol="BlendedMegatronDatasetBuilder.build",
+        reason="notes how the data was sized; a decay branch sizes it as its stable run did",
+        versions="0.14-0.19",
+        delete_when="the number of samples the data is sized for is an argument of its own",
+        when="ours",
+        apply=_data_order("size_as_planned"),
+    ),
+    Patch(
+        module="megatron.core.dist_checkpointing.serialization",
+        symbol="save, save_config",
+        reason="puts the sample plan into each checkpoint before the file that completes it; takes "
+        "that file away before a checkpoint is written over",
+        versions="0.14-0.19",
+        delete_when="never: the plan is ours",
+        when="ours",
+        apply=_data_order("record_beside_checkpoints"),
+    ),
+    Patch(
+        module="megatron.core.optimizer_param_scheduler",
+        symbol="OptimizerParamScheduler.load_state_dict",
+        reason="a branch's new learning rates: ignored up to 0.18, a KeyError in 0.19",
+        versions="0.14-0.19",
+        delete_when="--override-opt_param-scheduler reaches the optimizer's parameter groups",
+        when="branch",
+        apply=_branch_load,
     ),
     Patch(
         module="megatron.core.tensor_parallel.layers",
@@ -184,7 +228,7 @@ def register() -> None:
     """Arrange the patches this process needs. Called just before Megatron is first imported."""
     import torch
 
-    asked = flags.requested(sys.argv[1:], os.environ) is not None
+    asked = flags.ours(sys.argv[1:], os.environ)
     on_cpu = (asked or run.current.wants_cpu) and not torch.cuda.is_available()
     if on_cpu:
         from megatron_fp8_ext.megatron_plugin import cpu, cpu_torch
@@ -195,7 +239,13 @@ def register() -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     run.current.on_cpu = on_cpu
     emulation = on_cpu or flags.EMULATE in sys.argv
-    active: dict[When, bool] = {"always": True, "emulation": emulation, "cpu": on_cpu}
+    active: dict[When, bool] = {
+        "always": True,
+        "ours": asked or run.current.wants_cpu,
+        "branch": arguments.has(sys.argv, FROM),
+        "emulation": emulation,
+        "cpu": on_cpu,
+    }
     for patch in PATCHES:
         if active[patch.when]:
             import_hook.after_import(patch.module, _applier(patch))
