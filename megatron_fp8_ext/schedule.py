@@ -187,18 +187,18 @@ def resolve(
         return batch.length_in(length, base)
 
     a, b, c = measure(warmup) or 0, measure(stable), measure(decay)
-    if total is None:
-        # Rounding of the fractions ends in the stable phase.
+    by_fraction = any(length.unit == "fraction" for length in written)
+    if b is None or (total is None and stable is not None and stable.unit == "fraction"):
         b = whole - a - (c or 0)
-    elif b is None:
-        b = whole - a - (c or 0)
-    elif c is None:
+    elif total is not None and c is None:
         c = whole - a - b
-    elif a + b + c != whole:
-        parts = ", ".join(str(length) for length in written)
-        raise UserError(
-            f"{total} contradicts {parts}, which make {a + b + c} {base}: drop one of them"
-        )
+    elif total is not None and a + b + (c or 0) != whole:
+        if not by_fraction or abs(a + b + (c or 0) - whole) > 2:
+            parts = ", ".join(str(length) for length in written)
+            raise UserError(
+                f"{total} contradicts {parts}, which make {a + b + (c or 0)} {base}: drop one of them"
+            )
+        b = whole - a - (c or 0)  # rounding of the fractions ends in the stable phase
     c = c or 0
     if min(b, c) < 0:
         parts = ", ".join(str(length) for length in written)

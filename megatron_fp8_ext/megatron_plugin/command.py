@@ -24,6 +24,7 @@ class Command:
         choice: what it continues from; None where Megatron alone decides.
         layout: layout of that checkpoint; None where there is none.
         started: whether it is a branch that continues from a checkpoint of its own.
+        forgotten: a `--save` folder with checkpoints that the command does not load.
     """
 
     scheduled: Scheduled
@@ -31,10 +32,17 @@ class Command:
     choice: Choice | None = None
     layout: CheckpointLayout | None = None
     started: bool = False
+    forgotten: Path | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Lines for rank 0."""
+        if self.forgotten is not None:
+            return (
+                *self.scheduled.notes,
+                f"--save {self.forgotten} holds checkpoints, and without --load {self.forgotten} this run "
+                "starts from the beginning and writes over them",
+            )
         if self.choice is None or self.choice.reason is None:
             return self.scheduled.notes
         where = (
@@ -58,7 +66,9 @@ def read(argv: Sequence[str]) -> Command:
         scheduled = schedule_flags.expand(argv, located.point, located.started)
     load = arguments.value(scheduled.argv, "--load")
     if load is None:
-        return Command(scheduled)
+        save = arguments.value(scheduled.argv, "--save")
+        taken = save is not None and (Path(save) / layout.TRACKER).is_file()
+        return Command(scheduled, forgotten=Path(save) if save and taken else None)
     root, step = Path(load), arguments.value(scheduled.argv, "--ckpt-step")
     choice = None
     if step is None and arguments.value(scheduled.argv, "--ckpt-format") in (None, "torch_dist"):

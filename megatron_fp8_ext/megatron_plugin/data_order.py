@@ -17,7 +17,7 @@ from typing import Any
 from megatron_fp8_ext.checkpoint.complete import LAST_FILE
 from megatron_fp8_ext.checkpoint.sample_plan import Corpus, SamplePlan
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.megatron_plugin import run
+from megatron_fp8_ext.megatron_plugin import index_cache, run
 from megatron_fp8_ext.megatron_plugin.branch import FROM, Branch, enough_data
 
 
@@ -29,6 +29,9 @@ def size_as_planned(module: ModuleType) -> None:
     def build(self: Any) -> list[Any]:
         branch, asked = run.current.branch, self.sizes[0]
         planned = asked if branch is None else branch.point.planned_samples
+        if run.rank() == 0:  # it builds first; the others read what it wrote
+            for torn in index_cache.drop_torn(_cache_folders(self)):
+                run.say(f"data index {torn} was cut short, by a killed run: building it again")
         if not asked:
             return list(original(self))
         sizes, self.sizes = self.sizes, [planned, *self.sizes[1:]]
@@ -48,6 +51,15 @@ def size_as_planned(module: ModuleType) -> None:
         return datasets
 
     builder.build = build
+
+
+def _cache_folders(builder: Any) -> list[Path]:
+    """Return the folders that Megatron caches its indexes in."""
+    if builder.config.path_to_cache:
+        return [Path(builder.config.path_to_cache)]
+    blends = builder.config.blend_per_split or [builder.config.blend]
+    prefixes = [str(prefix) for blend in blends if blend is not None for prefix in blend[0]]
+    return [Path(prefix) / "cache" / f"{builder.cls.__name__}_indices" for prefix in prefixes]
 
 
 def describe(dataset: Any, planned: int) -> SamplePlan:
