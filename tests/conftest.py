@@ -140,3 +140,31 @@ def infir2_run(train):
 @pytest.fixture(scope="session")
 def bf16_run(train):
     return train("--use-distributed-optimizer", "--fp8-recipe", "bf16")
+
+
+@pytest.fixture(scope="session", params=["0.17.0", "0.18.0", "0.19.2"])
+def wheel(request):
+    """Folder with the wheel's `megatron` package, kept in .cache between runs."""
+    pytest.importorskip("torch")
+    folder = ROOT / ".cache" / f"megatron-core-{request.param}"
+    if not folder.is_dir():
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial),
+                f"megatron-core=={request.param}",
+            ],
+            capture_output=True,
+            text=True,
+        )  # fmt: skip
+        if done.returncode:
+            pytest.skip(f"megatron-core {request.param} cannot be had here: {done.stderr[-200:]}")
+        partial.rename(folder)
+    return request.param, folder
+
+
+def checkout() -> Path | None:
+    for place in (os.environ.get("MEGATRON_LM_PATH"), str(ROOT / "third_party" / "Megatron-LM")):
+        if place and (Path(place) / "megatron" / "training" / "arguments.py").is_file():
+            return Path(place)
+    return None

@@ -137,7 +137,7 @@ def _adopt(found: Command, expansion: flags.Expansion, parsed: Any) -> None:
         state.said = notes
         for note in notes:
             run.say(note)
-        if expansion.recipe is not None:
+        if expansion.recipe is not None or found.scheduled.notes:
             run.say(f"seams: {', '.join(state.patches)}")
 
 

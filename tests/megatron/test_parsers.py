@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, checkout, run
 
 from megatron_fp8_ext.megatron_plugin import flags
 
@@ -38,27 +36,6 @@ print("PARSED", json.dumps({k: str(getattr(args, k, None)) for k in (
     "dist_ckpt_optim_fully_reshardable", "bf16")}))
 print("ENV", os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES"))
 """
-
-
-@pytest.fixture(scope="session", params=["0.17.0", "0.18.0", "0.19.2"])
-def wheel(request):
-    """Folder with the wheel's `megatron` package, kept in .cache between runs."""
-    pytest.importorskip("torch")
-    folder = ROOT / ".cache" / f"megatron-core-{request.param}"
-    if not folder.is_dir():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial),
-                f"megatron-core=={request.param}",
-            ],
-            capture_output=True,
-            text=True,
-        )  # fmt: skip
-        if done.returncode:
-            pytest.skip(f"megatron-core {request.param} cannot be had here: {done.stderr[-200:]}")
-        partial.rename(folder)
-    return request.param, folder
 
 
 def parse(path: Path, *argv: str, code: int = 0) -> dict[str, str]:
@@ -103,13 +80,6 @@ def test_native_runs_are_untouched(wheel):
     assert (found["fp8"], found["fp8_recipe"], found["fp8_ext_recipe"]) == (
         "hybrid", "delayed", "None",
     )  # fmt: skip
-
-
-def checkout() -> Path | None:
-    for place in (os.environ.get("MEGATRON_LM_PATH"), str(ROOT / "third_party" / "Megatron-LM")):
-        if place and (Path(place) / "megatron" / "training" / "arguments.py").is_file():
-            return Path(place)
-    return None
 
 
 @pytest.mark.checkout
