@@ -104,6 +104,27 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_corpora(tmp_path_factory):
+    """Two corpora of 804 and 500 tokens in documents of uneven length: 50 and 31 samples."""
+    _need_megatron()
+    folder = tmp_path_factory.mktemp("small")
+    code = (
+        "import torch, numpy; from pydoc_data import topics\n"
+        "from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder as B\n"
+        "text = ''.join(t for _, t in sorted(topics.topics.items())).encode()\n"
+        "for name, sizes in (('a', [37, 61, 5, 80, 44, 120, 18, 90, 33, 71, 150, 9, 86]),\n"
+        "                    ('b', [100, 43, 12, 77, 140, 29, 66, 33])):\n"
+        f"    prefix = {str(folder)!r} + '/' + name\n"
+        "    b = B(prefix + '.bin', dtype=numpy.uint16); at = 0\n"
+        "    for size in sizes:\n"
+        "        b.add_document(torch.tensor([*text[at:at + size - 1], 256]), [size]); at += size\n"
+        "    b.finalize(prefix + '.idx')\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def train(corpus: Path):
     """Train the tiny model; extra flags are appended, so they win over the defaults."""
 
@@ -113,6 +134,7 @@ def train(corpus: Path):
         script: Path = ENTRY,
         ok: bool = True,
         drop: tuple[str, ...] = (),
+        without: tuple[str, ...] = (),
         **env: str,
     ):
         data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
@@ -123,7 +145,11 @@ def train(corpus: Path):
                 "--master-port", str(free_port()),
             ]  # fmt: skip
         model = [token for token in MODEL if token not in drop]
-        outcome = run([*launcher, str(script), *model, *TRAINING, *data, *flags], **env)
+        training = list(TRAINING)
+        for flag in without:  # with its value
+            at = training.index(flag)
+            del training[at : at + 2]
+        outcome = run([*launcher, str(script), *model, *training, *data, *flags], **env)
         if ok:
             assert outcome.code == 0, outcome.output[-6000:]
         return outcome
