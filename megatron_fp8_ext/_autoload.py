@@ -27,5 +27,8 @@ def autoload() -> None:
 def _asked(argv: list[str]) -> bool:
     if os.environ.get("MEGATRON_FP8_EXT_RECIPE"):
         return True
-    ours = ("--fp8-recipe", "--fp8-emulate", "--fp8-stats-", "--linear-cross-entropy")
+    ours = (
+        "--fp8-recipe", "--fp8-emulate", "--fp8-stats-", "--linear-cross-entropy",
+        "--lr-schedule", "--wsd-",
+    )  # fmt: skip
     return any(token.startswith(ours) for token in argv)

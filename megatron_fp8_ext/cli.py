@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fp8_ext import __version__, presets, registry
-from megatron_fp8_ext.commands import bench, compare, data, rl
+from megatron_fp8_ext.commands import bench, compare, data, rl, schedule
 from megatron_fp8_ext.commands import run as run_command
 from megatron_fp8_ext.errors import UserError, unknown_name
 
@@ -30,6 +30,7 @@ app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args"
     run_command.run
 )
 app.add_typer(rl.app, name="rl")
+app.add_typer(schedule.app, name="schedule")
 _out = Console()
 
 
@@ -99,20 +100,16 @@ def show(
 def expand(context: typer.Context) -> None:
     """Print what Megatron will be given for FLAGS (after `--`): the dry run.
 
-    Assumes a Hopper GPU with TransformerEngine; reads --load to see what the checkpoint allows.
+    Assumes a Hopper GPU with TransformerEngine; reads the checkpoint that the run would load.
     """
-    from megatron_fp8_ext.checkpoint import layout
-    from megatron_fp8_ext.megatron_plugin import arguments, flags
+    from megatron_fp8_ext.megatron_plugin import command, flags
 
-    argv = [token for token in context.args if token != "--"]
-    load = arguments.value(argv, "--load")
+    found = command.read([token for token in context.args if token != "--"])
     facts = flags.Facts(
-        options=frozenset({flags.RESHARDABLE}),
-        environ=os.environ,
-        checkpoint=layout.find(load, arguments.value(argv, "--ckpt-step")) if load else None,
+        options=frozenset({flags.RESHARDABLE}), environ=os.environ, checkpoint=found.layout
     )
-    result = flags.expand(argv, facts)
-    for note in result.notes:
+    result = flags.expand(found.scheduled.argv, facts)
+    for note in (*found.notes, *result.notes):
         print(f"# {note}")
     for name, value in result.env.items():
         print(f"export {name}={value}")

@@ -134,6 +134,27 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_corpora(tmp_path_factory):
+    """Two corpora of 804 and 500 tokens in documents of uneven length: 50 and 31 samples."""
+    _need_megatron()
+    folder = tmp_path_factory.mktemp("small")
+    code = (
+        "import torch, numpy; from pydoc_data import topics\n"
+        "from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder as B\n"
+        "text = ''.join(t for _, t in sorted(topics.topics.items())).encode()\n"
+        "for name, sizes in (('a', [37, 61, 5, 80, 44, 120, 18, 90, 33, 71, 150, 9, 86]),\n"
+        "                    ('b', [100, 43, 12, 77, 140, 29, 66, 33])):\n"
+        f"    prefix = {str(folder)!r} + '/' + name\n"
+        "    b = B(prefix + '.bin', dtype=numpy.uint16); at = 0\n"
+        "    for size in sizes:\n"
+        "        b.add_document(torch.tensor([*text[at:at + size - 1], 256]), [size]); at += size\n"
+        "    b.finalize(prefix + '.idx')\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def train(corpus: Path):
     """Train the tiny model; extra flags are appended, so they win over the defaults."""
 
@@ -144,6 +165,7 @@ def train(corpus: Path):
         ok: bool = True,
         launcher: bool = False,
         drop: dict[str, bool] | None = None,  # flag of MODEL -> whether it takes a value
+        without: tuple[str, ...] = (),  # flags of TRAINING that take a value
         **env: str,
     ):
         data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
@@ -153,11 +175,13 @@ def train(corpus: Path):
                 "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
                 "--master-port", str(free_port()),
             ]  # fmt: skip
-        model = MODEL
+        model, training = MODEL, TRAINING
         for flag, takes_value in (drop or {}).items():
             model = arguments.without(model, flag, takes_value)
+        for flag in without:
+            training = arguments.without(training, flag, takes_value=True)
         program = script if isinstance(script, tuple) else (str(script),)
-        outcome = run([*python, *program, *model, *TRAINING, *data, *flags], **env)
+        outcome = run([*python, *program, *model, *training, *data, *flags], **env)
         if ok:
             assert outcome.code == 0, outcome.output[-6000:]
         return outcome
@@ -174,3 +198,9 @@ def infir2_run(train):
 @pytest.fixture(scope="session")
 def bf16_run(train):
     return train("--use-distributed-optimizer", "--fp8-recipe", "bf16")
+
+
+@pytest.fixture(params=["0.17.0", "0.18.0", "0.19.2"])
+def wheel(request):
+    """(version, folder) of each supported megatron-core wheel."""
+    return request.param, megatron_wheel(request.param)

@@ -6,6 +6,7 @@ the handful of names such an index consists of, turns each into plain data, and 
 
 from __future__ import annotations
 
+import functools
 import pickle
 import re
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from megatron_fp8_ext.errors import UserError
 
 OptimizerLayout = Literal["none", "plain", "whole buffers", "by parameter", "unknown"]
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class CheckpointLayout:
     fp8_params: bool = False
 
 
-class _Record:
-    """Stand-in for any class of the index: holds its state as attributes, runs nothing."""
+class Record:
+    """Stand-in for a class of a checkpoint: holds its state as attributes, runs nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = args
@@ -73,7 +74,7 @@ _TORCH_DTYPE = re.compile(r"(bfloat|float|int|uint|bool|complex)\d*(_e\d+m\d+\w*
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in _MODULES and re.fullmatch(r"[A-Za-z_.]+", name):
-            return _Record
+            return Record
         if (module, name) == ("torch", "Size"):
             return _Size
         if (module, name) == ("torch.serialization", "_get_layout"):
@@ -83,7 +84,7 @@ class _IndexUnpickler(pickle.Unpickler):
         if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
             return dict
         if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "Path"):
-            return _Record
+            return Record
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint index")
 
 
@@ -96,28 +97,77 @@ def find(load: str, step: str | None = None) -> CheckpointLayout | None:
         UserError: the folder names a checkpoint that is not there or cannot be read.
     """
     root = Path(load)
-    tracker = root / _TRACKER
+    tracker = root / TRACKER
     if step is None and not tracker.is_file():
         return None
     try:
         latest = step if step is not None else tracker.read_text().strip()
     except OSError as error:
-        raise UserError(f"--load {load}: cannot read {_TRACKER}: {error}") from error
+        raise UserError(f"--load {load}: cannot read {TRACKER}: {error}") from error
     if latest == "release":
         folder, iteration = root / "release", 0
     elif latest.isdigit():
         iteration = int(latest)
         folder = root / f"iter_{iteration:07d}"
     else:
-        raise UserError(
-            f"--load {load}: {_TRACKER} says '{latest}', neither a number nor 'release'"
-        )
+        raise UserError(f"--load {load}: {TRACKER} says '{latest}', neither a number nor 'release'")
     if not folder.is_dir():
         raise UserError(
-            f"--load {load}: {_TRACKER if step is None else '--ckpt-step'} names iteration "
+            f"--load {load}: {TRACKER if step is None else '--ckpt-step'} names iteration "
             f"{latest}, but {folder.name} is not there; give a --ckpt-step that is"
         )
     return read(folder, iteration)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one piece of a checkpoint lies: file name in its folder, offset and length in bytes."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """A `.metadata` file: global shape of each entry (None for objects), and every stored piece."""
+
+    entries: dict[str, tuple[int, ...] | None]
+    stored: list[tuple[str, Stored]]
+
+
+def load_index(folder: Path) -> Index:
+    """Read the index of one iteration's folder.
+
+    Raises:
+        UserError: no index, a damaged one, or one with something an index never holds.
+    """
+    path = folder / ".metadata"
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"checkpoint index {path} cannot be read: {error}") from error
+    return _load_index(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=4)  # read for shapes, for completeness and for the state
+def _load_index(path: Path, modified: int, size: int) -> Index:
+    try:
+        with path.open("rb") as file:
+            index = _IndexUnpickler(file).load()
+        entries = {
+            name: tuple(int(n) for n in entry.size) if hasattr(entry, "size") else None
+            for name, entry in index.state_dict_metadata.items()
+        }
+        stored = []
+        for key, info in (getattr(index, "storage_data", None) or {}).items():
+            name = str(info.relative_path)
+            if Path(name).name != name:
+                raise ValueError(f"it names the file {name!r} outside of its folder")
+            stored.append((str(key.fqn), Stored(name, int(info.offset), int(info.length))))
+    except Exception as error:  # a damaged pickle fails in any way
+        raise UserError(f"checkpoint index {path} cannot be read: {error}") from error
+    return Index(entries, stored)
 
 
 def read(folder: Path, iteration: int) -> CheckpointLayout:
@@ -126,19 +176,10 @@ def read(folder: Path, iteration: int) -> CheckpointLayout:
     Raises:
         UserError: the index is damaged, or holds something an index never holds.
     """
-    index = folder / ".metadata"
-    if not index.is_file():
+    if not (folder / ".metadata").is_file():
         return CheckpointLayout(folder, iteration, {}, "unknown")
-    try:
-        with index.open("rb") as file:
-            entries = _IndexUnpickler(file).load().state_dict_metadata
-        shapes = {
-            name: tuple(int(n) for n in entry.size)
-            for name, entry in entries.items()
-            if hasattr(entry, "size")
-        }
-    except Exception as error:  # a damaged pickle fails in any way
-        raise UserError(f"checkpoint index {index} cannot be read: {error}") from error
+    entries = load_index(folder).entries
+    shapes = {name: size for name, size in entries.items() if size is not None}
     optimizer: OptimizerLayout = "none"
     names = [name for name in entries if "optimizer." in name]
     buffers = [name for name in names if ".gbuf_idx_" in name]

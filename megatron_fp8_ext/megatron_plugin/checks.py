@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp8_ext.checkpoint.layout import CheckpointLayout
+from megatron_fp8_ext.checkpoint.state import TrainingState
 from megatron_fp8_ext.errors import UserError
 
 # Block-scaled GEMMs need 16 in the contracted dimension: tokens for wgrad, features for the others.
@@ -73,7 +74,7 @@ def corpus_exists(args: Any) -> None:
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         prefixes += [str(part) for part in getattr(args, name, None) or ()]
     for prefix in prefixes:
-        if _is_weight(prefix) or "://" in prefix:
+        if is_number(prefix) or "://" in prefix:
             continue
         for suffix in (".idx", ".bin"):
             file = Path(prefix + suffix)
@@ -86,7 +87,8 @@ def corpus_exists(args: Any) -> None:
                 raise UserError(f"--data-path {prefix}: {file} is empty; write the corpus again")
 
 
-def _is_weight(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether an entry of `--data-path` is a weight."""
     try:
         float(text)
     except ValueError:
@@ -122,4 +124,36 @@ def checkpoint_fits(args: Any, found: CheckpointLayout | None) -> None:
             raise UserError(
                 f"--load: the checkpoint {found.path} has {flag} {stored}, the command says "
                 f"{flag} {asked}; give the checkpoint's own values"
+            )
+
+
+def schedule_continues(args: Any, state: TrainingState | None) -> None:
+    """Check that the run continues the schedule it began with.
+
+    Megatron stops with a bare assertion on another end, and takes another decay length without a word,
+    which makes the learning rate jump.
+
+    Raises:
+        UserError: names the length, both values and the mend.
+    """
+    if state is None or not state.scheduler or not args.global_batch_size:
+        return
+    chosen = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "finetune")
+    if any(getattr(args, name, False) for name in (*chosen, "no_load_optim")):
+        return
+    base = "samples" if args.train_samples else "iters"
+    size = 1 if base == "samples" else args.global_batch_size
+    decay = f"lr_wsd_decay_{base}"
+    stored = state.args.get(decay)
+    rows: list[tuple[str, int | None, float | None]] = [
+        ("end", getattr(args, f"lr_decay_{base}"), state.scheduler.get("lr_decay_steps")),
+        ("warmup", getattr(args, f"lr_warmup_{base}"), state.scheduler.get("lr_warmup_steps")),
+        ("decay", getattr(args, decay), None if stored is None else stored * size),
+    ]
+    for what, ours, theirs in rows:
+        if ours is not None and theirs is not None and ours * size != theirs:
+            raise UserError(
+                f"{state.path}: the {what} of its schedule is at {theirs / size:g} {base}, the command says "
+                f"{ours}: give the same lengths, branch a decay with --wsd-decay-from, or take the new "
+                "lengths with --override-opt_param-scheduler (the data is then shuffled anew)"
             )

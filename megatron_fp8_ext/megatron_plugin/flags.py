@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.checkpoint.layout import CheckpointLayout
 from megatron_fp8_ext.errors import UserError, unknown_name
-from megatron_fp8_ext.megatron_plugin import arguments, linear_loss, stats_flags
+from megatron_fp8_ext.megatron_plugin import arguments, linear_loss, schedule_flags, stats_flags
 from megatron_fp8_ext.megatron_plugin.refusals import REFUSALS, WITHOUT_EFFECT
 from megatron_fp8_ext.recipe import TE_BACKWARD_OVERRIDE, FP8Recipe, get_recipe
 
@@ -115,8 +115,14 @@ def requested(argv: Sequence[str], environ: Mapping[str, str]) -> str | None:
     return None if name in NATIVE_RECIPES else name
 
 
+def ours(argv: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Whether the command uses any flag of ours."""
+    own = arguments.first_written(argv, (*OWN_FLAGS, stats_flags.INTERVAL, linear_loss.FLAG))
+    return own is not None or requested(argv, environ) is not None or schedule_flags.asked(argv)
+
+
 def expand(argv: Sequence[str], facts: Facts) -> Expansion:
-    """Turn our flags in `argv` into Megatron's.
+    """Turn our precision flags in `argv` into Megatron's (`schedule_flags` does the schedule's).
 
     Raises:
         UserError: unknown recipe; a flag that contradicts it; a machine that cannot compute it.

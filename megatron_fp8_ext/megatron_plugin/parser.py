@@ -11,21 +11,29 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from megatron_fp8_ext import registry
-from megatron_fp8_ext.checkpoint import layout
+from megatron_fp8_ext.checkpoint import complete
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.megatron_plugin import (
     arguments,
+    branch_folder,
     checks,
+    command,
     compat,
     flags,
     linear_loss,
     run,
+    schedule_flags,
     stats_flags,
 )
+from megatron_fp8_ext.megatron_plugin import branch as branches
+from megatron_fp8_ext.megatron_plugin.branch import Branch
+from megatron_fp8_ext.megatron_plugin.command import Command
+from megatron_fp8_ext.megatron_plugin.schedule_flags import Scheduled
 
 
 def wrap_add_megatron_arguments(module: ModuleType) -> None:
@@ -81,6 +89,8 @@ def _describe(parser: argparse.ArgumentParser) -> None:
         default="off",
         help="compute LM head and loss together, in slices of the vocabulary (less memory)",
     )
+    for flag, text in schedule_flags.HELP.items():
+        group.add_argument(flag, help=text)
 
 
 def _expand_before_parsing(parser: argparse.ArgumentParser) -> None:
@@ -90,12 +100,12 @@ def _expand_before_parsing(parser: argparse.ArgumentParser) -> None:
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
         argv = list(sys.argv[1:] if args is None else args)
         try:
-            expansion = _expand(argv, frozenset(parser._option_string_actions))
+            found, expansion = _expand(argv, frozenset(parser._option_string_actions))
         except UserError as error:
             raise run.stop(error) from error
         parsed, rest = native(list(expansion.argv), namespace)
         try:
-            _adopt(expansion, parsed, argv)
+            _adopt(found, expansion, parsed)
         except UserError as error:
             raise run.stop(error) from error
         return parsed, rest
@@ -103,46 +113,64 @@ def _expand_before_parsing(parser: argparse.ArgumentParser) -> None:
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
-def _expand(argv: Sequence[str], options: frozenset[str]) -> flags.Expansion:
+def _expand(argv: Sequence[str], options: frozenset[str]) -> tuple[Command, flags.Expansion]:
     has_gpu, gap = (True, None) if run.current.gpus_elsewhere else compat.process_fp8_gap()
-    load = arguments.value(argv, "--load")
-    step = arguments.value(argv, "--ckpt-step")
-    ours = flags.requested(argv, os.environ) is not None
+    ours = flags.ours(argv, os.environ) or run.current.wants_cpu
+    found = command.read(argv) if ours else Command(Scheduled(argv=tuple(argv)))
     facts = flags.Facts(
         options=options,
-        has_gpu=has_gpu or not (ours or run.current.wants_cpu),
+        has_gpu=has_gpu or not ours,
         fp8_gap=gap,
         environ=os.environ,
-        checkpoint=layout.find(load, step) if load and (ours or run.current.wants_cpu) else None,
+        checkpoint=found.layout,
         megatron=compat.megatron_version(),
     )
-    return flags.expand(argv, facts)
+    return found, flags.expand(found.scheduled.argv, facts)
 
 
-def _adopt(expansion: flags.Expansion, parsed: Any, argv: Sequence[str]) -> None:
+def _adopt(found: Command, expansion: flags.Expansion, parsed: Any) -> None:
     """Check the parsed namespace, remember what the run became, and say it once."""
-    state = run.current
-    if expansion.recipe is not None or state.wants_cpu:
-        load = arguments.value(argv, "--load")
-        if load:
-            found = layout.find(load, arguments.value(argv, "--ckpt-step"))
-            checks.checkpoint_fits(parsed, found)
+    state, branch = run.current, found.scheduled.branch
+    ours = expansion.recipe is not None or found.scheduled.notes or state.wants_cpu
+    if ours:
+        checks.checkpoint_fits(parsed, found.layout)
         checks.corpus_exists(parsed)
     if expansion.recipe is not None and expansion.recipe.is_fp8:
         checks.shapes_fit_fp8(parsed, expansion.recipe.name, int(os.environ.get("WORLD_SIZE", "1")))
+    if branch is not None:
+        branches.same_order(branch, parsed)
+        branches.enough_data(branch, branch.point.available_samples)
+    elif found.scheduled.phases is not None and found.layout is not None:
+        checks.schedule_continues(parsed, command.state_of(found.layout))
+    _write(found, branch)
     os.environ.update(expansion.env)
     if expansion.recipe is not None:
         # A plain string: Megatron pickles its arguments into checkpoints.
         parsed.fp8_ext_recipe = expansion.recipe.name
         # Ray actors and spawned workers do not see this command line.
         os.environ[flags.RECIPE_VARIABLE] = expansion.recipe.name
-    already_said = state.recipe is not None and state.recipe == expansion.recipe
     state.recipe, state.emulated = expansion.recipe, expansion.emulated
     state.stats = expansion.stats
-    if not already_said:
-        ours = expansion.recipe is not None or expansion.chunked_loss or state.stats is not None
-        seams = f" | seams: {', '.join(state.patches)}" if ours else ""
-        for number, note in enumerate(expansion.notes):
+    state.branch = branch
+    state.branch_started = found.started
+    notes = (*found.notes, *expansion.notes)
+    if notes and notes != state.said:
+        state.said = notes
+        asked = flags.ours(sys.argv[1:], os.environ)
+        seams = f" | seams: {', '.join(state.patches)}" if asked else ""
+        for number, note in enumerate(notes):
             run.say(note + seams if number == 0 else note)
-        if ours:
+        if asked:
             run.say(f"versions: {json.dumps(compat.versions())}")
+
+
+def _write(found: Command, branch: Branch | None) -> None:
+    """Note a new branch in its folder, and mend a tracker that a killed run left behind."""
+    if run.rank() != 0:
+        return
+    if branch is not None and not found.started:
+        save = arguments.value(found.scheduled.argv, "--save")
+        assert save is not None
+        branch_folder.write_record(Path(save), branch)
+    if found.root is not None and found.choice is not None and found.choice.repair:
+        complete.repair(found.root, found.choice)

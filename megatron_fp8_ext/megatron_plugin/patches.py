@@ -21,8 +21,9 @@ from megatron_fp8_ext.megatron_plugin import (
     run,
     stats_flags,
 )
+from megatron_fp8_ext.megatron_plugin.branch import FROM
 
-When = Literal["always", "emulation", "cpu", "stats", "chunked loss"]
+When = Literal["always", "ours", "branch", "emulation", "cpu", "stats", "chunked loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,21 @@ def _parser(module: ModuleType) -> None:
     from megatron_fp8_ext.megatron_plugin import parser
 
     parser.wrap_add_megatron_arguments(module)
+
+
+def _data_order(name: str) -> Callable[[ModuleType], None]:
+    def apply(module: ModuleType) -> None:
+        from megatron_fp8_ext.megatron_plugin import data_order
+
+        getattr(data_order, name)(module)
+
+    return apply
+
+
+def _branch_load(module: ModuleType) -> None:
+    from megatron_fp8_ext.megatron_plugin import branch_load
+
+    branch_load.wrap_scheduler(module)
 
 
 def _precision(name: str) -> Callable[[ModuleType], None]:
@@ -126,6 +142,34 @@ PATCHES: tuple[Patch, ...] = (
         delete_when="Megatron has a callback around its training step",
         when="stats",
         apply=_taps,
+    ),
+    Patch(
+        module="megatron.core.datasets.blended_megatron_dataset_builder",
+        symbol="BlendedMegatronDatasetBuilder.build",
+        reason="notes how the data was sized; a decay branch sizes it as its stable run did",
+        versions="0.14-0.19",
+        delete_when="the number of samples the data is sized for is an argument of its own",
+        when="ours",
+        apply=_data_order("size_as_planned"),
+    ),
+    Patch(
+        module="megatron.core.dist_checkpointing.serialization",
+        symbol="save, save_config",
+        reason="puts the sample plan into each checkpoint before the file that completes it; takes "
+        "that file away before a checkpoint is written over",
+        versions="0.14-0.19",
+        delete_when="never: the plan is ours",
+        when="ours",
+        apply=_data_order("record_beside_checkpoints"),
+    ),
+    Patch(
+        module="megatron.core.optimizer_param_scheduler",
+        symbol="OptimizerParamScheduler.load_state_dict",
+        reason="a branch's new learning rates: ignored up to 0.18, a KeyError in 0.19",
+        versions="0.14-0.19",
+        delete_when="--override-opt_param-scheduler reaches the optimizer's parameter groups",
+        when="branch",
+        apply=_branch_load,
     ),
     Patch(
         module="megatron.core.tensor_parallel.layers",
@@ -215,7 +259,7 @@ def register() -> None:
     """Arrange the patches this process needs. Called just before Megatron is first imported."""
     import torch
 
-    asked = flags.requested(sys.argv[1:], os.environ) is not None
+    asked = flags.ours(sys.argv[1:], os.environ)
     on_cpu = (asked or run.current.wants_cpu) and not torch.cuda.is_available()
     on_cpu = on_cpu and not run.current.gpus_elsewhere
     if on_cpu:
@@ -230,6 +274,8 @@ def register() -> None:
     emulated = flags.EMULATE in sys.argv or os.environ.get(flags.EMULATE_VARIABLE) == "1"
     active: dict[When, bool] = {
         "always": True,
+        "ours": asked or run.current.wants_cpu,
+        "branch": arguments.has(sys.argv, FROM),
         "emulation": on_cpu or emulated,
         "cpu": on_cpu,
         "stats": any(token.startswith(stats_flags.INTERVAL) for token in sys.argv),

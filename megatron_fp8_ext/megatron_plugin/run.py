@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from megatron_fp8_ext.checkpoint.sample_plan import SamplePlan
+from megatron_fp8_ext.megatron_plugin.branch import Branch
 from megatron_fp8_ext.recipe import FP8Recipe
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ class Run:
         on_cpu: whether Megatron runs without a GPU.
         patches: names of the upstream symbols replaced so far.
         stats: interval and folder of the numerics taps; None without them.
+        branch: the decay branch that this run is.
+        branch_started: whether it continues from a checkpoint of its own.
+        sample_plan: how the training data was sized, once it is built on this rank.
+        said: what was printed last, so that a second parser does not repeat it.
         wants_cpu: an entry script of ours runs, which trains without a GPU even in BF16.
         gpus_elsewhere: this process only parses; Ray actors train, and check their own GPUs.
     """
@@ -31,6 +37,10 @@ class Run:
     emulated: bool = False
     on_cpu: bool = False
     patches: list[str] = field(default_factory=list)
+    branch: Branch | None = None
+    branch_started: bool = False
+    sample_plan: SamplePlan | None = None
+    said: tuple[str, ...] = ()
     wants_cpu: bool = False
     stats: Stats | None = None
     gpus_elsewhere: bool = False

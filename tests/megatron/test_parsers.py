@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, megatron_lm, megatron_wheel, run
+from conftest import ROOT, megatron_lm, run
 
 from megatron_fp8_ext.megatron_plugin import flags
 
@@ -36,11 +36,6 @@ print("PARSED", json.dumps({k: str(getattr(args, k, None)) for k in (
     "dist_ckpt_optim_fully_reshardable", "bf16")}))
 print("ENV", os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES"))
 """
-
-
-@pytest.fixture(params=["0.17.0", "0.18.0", "0.19.2"])
-def wheel(request):
-    return request.param, megatron_wheel(request.param)
 
 
 def parse(path: Path, *argv: str, code: int = 0) -> dict[str, str]:

@@ -1,0 +1,220 @@
+"""Decay branches through Megatron's own loop on the CPU: schedule, optimizer and data continue.
+
+The corpora are so small that the runs pass over them two and a half times, and the branches cross the
+boundary into the last pass, where Megatron's shuffle depends on the number of samples asked for.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from megatron_fp8_ext.checkpoint import sample_plan
+from megatron_fp8_ext.schedule import WSD
+
+pytestmark = pytest.mark.megatron
+OBSERVED = Path(__file__).with_name("observed.py")
+SEQ, BATCH = 16, 4
+SMALL = ["--seq-length", str(SEQ), "--max-position-embeddings", str(SEQ), "--split", "100,0,0"]
+DIST = "--use-distributed-optimizer"
+RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
+# 31 iterations of 4 samples = 124 = 2.5 passes over 50 samples.
+WARMUP, STABLE, DECAY = 2, 22, 7
+SCHEDULE = (
+    f"--lr-schedule wsd --wsd-warmup-iters {WARMUP} --wsd-stable-iters {STABLE} "
+    f"--wsd-decay-iters {DECAY}"
+).split()
+NATIVE = (
+    "--train-iters --lr --min-lr --lr-decay-style --lr-wsd-decay-style --lr-wsd-decay-iters "
+    "--lr-warmup-iters"
+).split()
+
+
+@pytest.fixture(scope="session")
+def go(train, small_corpora):
+    """Train on the small corpora; returns the outcome and the samples it consumed, in order."""
+    numbers = itertools.count()
+
+    def start(*flags, data=("a",), **options):
+        log = small_corpora / f"samples-{next(numbers)}"
+        paths = [
+            part if part.replace(".", "").isdigit() else str(small_corpora / part) for part in data
+        ]
+        outcome = train(
+            *SMALL, "--data-path", *paths, "--data-cache-path", str(small_corpora / "cache"), *flags,
+            script=OBSERVED, SAMPLES_LOG=str(log), without=tuple(NATIVE), **options,
+        )  # fmt: skip
+        rows = []
+        for file in sorted(small_corpora.glob(f"{log.name}.*")):
+            rows.append([json.loads(line) for line in file.read_text().splitlines()])
+        return outcome, rows
+
+    return start
+
+
+def flat(rows):
+    """The samples of a run on one rank, hashable."""
+    return [
+        (row["corpus"], row["sample"], tuple(row["documents"]), tuple(row["span"]))
+        for row in rows[0]
+        if row["split"] == "train"
+    ]
+
+
+@pytest.fixture(scope="module")
+def stable(go, tmp_path_factory):
+    """(folder, outcome, samples) of an uninterrupted BF16 run that saves at every other iteration."""
+    folder = tmp_path_factory.mktemp("stable")
+    outcome, rows = go(
+        DIST, *SCHEDULE, "--lr", "1e-3", "--min-lr", "1e-5", "--save", str(folder),
+        "--save-interval", "2",
+    )  # fmt: skip
+    return folder, outcome, flat(rows)
+
+
+def test_the_plan_lies_beside_every_checkpoint(stable):
+    folder, outcome, samples = stable
+    total = WARMUP + STABLE + DECAY
+    assert len(outcome.iterations) == total and len(samples) == total * BATCH
+    for iteration in range(2, total, 2):
+        plan = sample_plan.read(folder / f"iter_{iteration:07d}")
+        assert (plan.planned_samples, plan.available_samples) == (total * BATCH, 150)
+        assert [(c.documents, c.tokens) for c in plan.corpora] == [(13, 804)]
+
+
+def test_samples_are_unique_and_cover_each_pass(stable):
+    _, _, samples = stable
+    assert len(set(samples)) == len(samples)
+    tokens = collections.Counter()
+    for _, number, _, _ in samples:
+        # the sample's tokens, in the stream of all passes
+        tokens.update(range(number * SEQ, (number + 1) * SEQ))
+    # Megatron shuffles the passes before the last among each other: both are complete.
+    assert set(range(100 * SEQ)) <= set(tokens) and max(tokens.values()) == 1
+
+
+def test_a_branch_at_the_planned_decay_is_the_run_itself(go, stable, tmp_path):
+    """Every printed digit, every sample, though it is killed on the way and crosses into the last pass."""
+    folder, whole, samples = stable
+    start = WARMUP + STABLE
+    command = [
+        DIST, "--wsd-decay-from", f"{folder}/iter_{start:07d}", "--wsd-decay-iters", str(DECAY),
+        "--save", str(tmp_path / "branch"), "--save-interval", "2",
+    ]  # fmt: skip
+    killed, first = go(*command, KILL_BEFORE_STEP="30", ok=False)
+    assert killed.code == -9
+    resumed, second = go(*command)
+    assert flat(first)[: 4 * BATCH] + flat(second) == samples[start * BATCH :]
+    iterations = [*(i for i in killed.iterations if i.number <= 28), *resumed.iterations]
+    assert [i.number for i in iterations] == list(range(start + 1, start + DECAY + 1))
+    for ours, theirs in zip(iterations, whole.iterations[start:], strict=True):
+        assert (ours.learning_rate, ours.grad_norm) == (theirs.learning_rate, theirs.grad_norm)
+        if ours.number not in (26, 30):  # logged as the mean of the first two after a start
+            assert ours.loss == theirs.loss
+    assert sample_plan.read(tmp_path / "branch" / "iter_0000031").planned_samples == 124
+    assert not list(folder.glob("*branch*"))
+    other, _ = go(*command, "--min-lr", "0", ok=False)
+    assert other.code == 2 and "holds the branch with --min-lr 1e-05" in other.said[-1]
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "flags", "rates"),
+    [
+        (2, 4, "--min-lr 4e-4", (1e-3, 4e-4)),
+        (14, 5, "--lr 7e-4 --min-lr 2e-5 --wsd-decay-style linear", (7e-4, 2e-5)),
+    ],
+    ids=["end of the warmup, other min-lr", "middle, named jump"],
+)
+def test_changed_rates_reach_every_parameter(go, stable, tmp_path, start, length, flags, rates):
+    folder, _, samples = stable
+    outcome, rows = go(
+        DIST, "--wsd-decay-from", str(folder), "--ckpt-step", str(start), "--wsd-decay-iters",
+        str(length), "--save", str(tmp_path / "branch"), *flags.split(),
+    )  # fmt: skip
+    wsd = WSD(
+        lr=rates[0], min_lr=rates[1], warmup_samples=WARMUP * BATCH, decay_samples=length * BATCH,
+        total_samples=(start + length) * BATCH, decay_style="linear" if "linear" in flags else "cosine",
+    )  # fmt: skip
+    logged = {i.number: i.learning_rate for i in outcome.iterations}
+    assert logged == {
+        n: pytest.approx(wsd.at(n * BATCH), rel=1e-6) for n in range(start + 1, start + length + 1)
+    }
+    assert flat(rows) == samples[start * BATCH : (start + length) * BATCH]
+    assert any("JUMPS" in line for line in outcome.said) == (rates[0] != 1e-3)
+
+
+def test_a_blend_of_two_goes_on_in_its_order(go, tmp_path):
+    """0.6 a + 0.4 b; the branch enters b's last pass, and ends where the long run ends."""
+    data = ("0.6", "a", "0.4", "b")
+    _, rows = go(
+        DIST, *SCHEDULE, "--lr", "1e-3", "--save", str(tmp_path / "stable"), "--save-interval", "21",
+        data=data,
+    )  # fmt: skip
+    samples = flat(rows)
+    assert len(set(samples)) == len(samples) == 124
+    parts = collections.Counter(corpus for corpus, *_ in samples)
+    assert parts["b"] > 31 and {corpus for corpus, *_ in samples[84:]} == {"a", "b"}
+    # b holds 31 samples a pass: the branch point is inside its first one, the end in the second.
+    assert sum(corpus == "b" for corpus, *_ in samples[:76]) < 31
+    _, rows = go(
+        DIST, "--wsd-decay-from", str(tmp_path / "stable" / "iter_0000021"), "--wsd-decay-iters", "10",
+        "--save", str(tmp_path / "branch"), data=data,
+    )  # fmt: skip
+    assert flat(rows) == samples[84:]
+
+
+def test_more_data_parallel_ranks_and_infir2(go, tmp_path):
+    """Saved on one rank in the fully reshardable layout, decayed on two: the same batches, the same rates."""
+    infir2 = ["--fp8-recipe", "infir2", DIST, RESHARDABLE]
+    whole, rows = go(
+        *infir2,
+        *SCHEDULE,
+        "--lr",
+        "1e-3",
+        "--save",
+        str(tmp_path / "stable"),
+        "--save-interval",
+        "24",
+    )
+    samples = flat(rows)[24 * BATCH :]
+    outcome, rows = go(
+        *infir2, "--wsd-decay-from", str(tmp_path / "stable" / "iter_0000024"), "--wsd-decay-iters", "7",
+        "--save", str(tmp_path / "branch"), processes=2,
+    )  # fmt: skip
+    assert len(rows) == 2 and outcome.casts["weight"] > 0
+    taken = [
+        [flat([rank]) for rank in rows][r][n * 2 : n * 2 + 2] for n in range(7) for r in (0, 1)
+    ]
+    assert [set(taken[2 * n] + taken[2 * n + 1]) for n in range(7)] == [
+        set(samples[n * BATCH : (n + 1) * BATCH]) for n in range(7)
+    ]
+    for ours, theirs in zip(outcome.iterations, whole.iterations[24:], strict=True):
+        assert ours.learning_rate == theirs.learning_rate
+        if ours.number != 26:
+            assert ours.loss == pytest.approx(theirs.loss, rel=2e-3)
+
+
+def test_older_megatrons(wheel, go, tmp_path):
+    """0.17 and 0.18 keep arguments and schedule in common.pt, and would ignore the new rates."""
+    version, path = wheel
+    if version.startswith("0.19"):
+        pytest.skip("the version of every other test here")
+    env = {"PYTHONPATH": f"{path}:{ROOT}"}
+    stable = str(tmp_path / "stable")
+    # A stock run: native flags, no plan beside its checkpoint.
+    native = "--train-iters 5 --lr-decay-style constant --lr-warmup-iters 1 --lr 1e-3".split()
+    go(DIST, *native, "--save", stable, "--save-interval", "3", "--exit-interval", "3", **env)
+    (tmp_path / "stable" / "iter_0000003" / sample_plan.FILE).unlink()
+    outcome, _ = go(
+        DIST, "--wsd-decay-from", stable, "--wsd-decay-iters", "2", "--lr", "5e-4", "--min-lr", "1e-4",
+        "--save", str(tmp_path / "branch"), **env,
+    )  # fmt: skip
+    assert [i.learning_rate for i in outcome.iterations] == [
+        pytest.approx(3e-4),
+        pytest.approx(1e-4),
+    ]
