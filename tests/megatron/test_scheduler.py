@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, megatron_lm, run
 
 pytestmark = pytest.mark.megatron
 SCRIPT = Path(__file__).with_name("scheduler_property.py")
