@@ -47,6 +47,8 @@ class Difference:
         """The interval in words."""
         if math.isnan(self.low):
             return "one question has no interval"
+        if self.low == self.high == 0:
+            return "the same on every question"
         if self.low <= 0 <= self.high:
             width = (self.high - self.low) / 2
             return f"no difference seen; one below {width:.1f} points could not be"
@@ -95,9 +97,7 @@ def compare(a: dict[str, Any], b: dict[str, Any], level: float = 0.95) -> list[D
                 f"{name}: A and B did not answer the same prompts (other data, other order or another "
                 "evalscope): evaluate both with the same --data and environment"
             )
-        shares = [
-            [right / part["samples"] for right in part["right"]] for part in (ours, theirs)
-        ]
+        shares = [[right / part["samples"] for right in part["right"]] for part in (ours, theirs)]
         gaps = [100 * (y - x) for x, y in zip(*shares, strict=True)]
         mean = statistics.fmean(gaps)
         half = math.nan

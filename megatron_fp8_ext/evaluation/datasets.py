@@ -200,4 +200,6 @@ def _tests(value: Any, where: str) -> Any:
     except (
         binascii.Error, zlib.error, pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError
     ) as error:  # fmt: skip
-        raise UserError(f"{where}: neither JSON nor LiveCodeBench's packed JSON: {error}") from error
+        raise UserError(
+            f"{where}: neither JSON nor LiveCodeBench's packed JSON: {error}"
+        ) from error

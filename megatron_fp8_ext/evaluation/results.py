@@ -215,9 +215,7 @@ def to_json(result: Score) -> dict[str, Any]:
         "average": result.average,
         "se": _number(result.se),
         "se_answers": _number(result.se_answers),
-        "pass_at": {
-            str(k): {"value": v, "se": _number(e)} for k, (v, e) in result.pass_at.items()
-        },
+        "pass_at": {str(k): {"value": v, "se": _number(e)} for k, (v, e) in result.pass_at.items()},
         "truncated": result.truncated,
         "refused": result.refused,
         "unscored": result.unscored,

@@ -15,7 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("evalscope", "openai", "datasets", "math-verify", "latex2sympy2_extended", "ms-enclave")
+_PACKAGES = (
+    "evalscope",
+    "openai",
+    "datasets",
+    "math-verify",
+    "latex2sympy2_extended",
+    "ms-enclave",
+)
 
 
 def versions() -> dict[str, str]:
@@ -40,7 +47,9 @@ def schema(names: list[str]) -> dict[str, Any]:
         "task": sorted(TaskConfig.model_fields),
         "generation_config": sorted(GenerateConfig.model_fields),
         "sandbox": sorted(SandboxTaskConfig.model_fields),
-        "dataset_args": sorted({f.name for f in dataclasses.fields(BenchmarkMeta)} | {"local_path"}),
+        "dataset_args": sorted(
+            {f.name for f in dataclasses.fields(BenchmarkMeta)} | {"local_path"}
+        ),
         "filters": sorted(FILTER_REGISTRY.keys()),
         "extra_params": {n: sorted(BENCHMARK_REGISTRY.get(n).extra_params) for n in names},
         "subsets": {n: sorted(BENCHMARK_REGISTRY.get(n).subset_list) for n in names},
@@ -67,7 +76,7 @@ def check(task: dict[str, Any]) -> dict[str, Any]:
     config = TaskConfig(**task)
     (name,) = task["datasets"]
     data = get_benchmark(name, config).load_dataset()
-    prompts = {}
+    prompts: dict[int, list[dict[str, str]]] = {}
     for samples in data.values():
         for sample in samples:
             messages = [{"role": m.role, "content": m.text} for m in sample.input]

@@ -73,7 +73,9 @@ def check_port(port: int) -> None:
             ) from error
 
 
-def command(spec: ServerSpec, port: int, key: str, key_file: Path) -> tuple[list[str], dict[str, str]]:
+def command(
+    spec: ServerSpec, port: int, key: str, key_file: Path
+) -> tuple[list[str], dict[str, str]]:
     """Return the command and the extra environment of a server.
 
     The key never stands on a command line, which every user of the machine can read, unless the
