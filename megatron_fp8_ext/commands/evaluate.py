@@ -74,14 +74,15 @@ def run(
     from megatron_fp8_ext.evaluation import evalscope as environment
     from megatron_fp8_ext.evaluation import report, session
 
-    chosen = [presets.get(each.strip()) for each in benchmarks.split(",") if each.strip()]
+    names = dict.fromkeys(each.strip() for each in benchmarks.split(",") if each.strip())
+    chosen = [presets.get(each) for each in names]
     given = {
         "samples": samples, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p,
         "batch": batch, "limit": limit, "system_prompt": system_prompt,
     }  # fmt: skip
     if download not in (None, "modelscope", "huggingface"):
         raise UserError(f"--download {download}: modelscope or huggingface")
-    settings = tuple((each, environment.settings(each, **given)) for each in dict.fromkeys(chosen))
+    settings = tuple((each, environment.settings(each, **given)) for each in chosen)
     if not settings:
         raise UserError("no benchmark given: aime24,aime25,gpqa,livecodebench")
     spec = _server(

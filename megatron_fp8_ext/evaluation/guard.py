@@ -2,7 +2,7 @@
 
 FD is one end of a socket pair whose other end only the parent holds. However the parent dies, kill -9
 included, the socket reaches its end, and the guard stops the command and everything it started:
-SIGTERM to its process group, SIGKILL to what is left after `GRACE_S`. On Linux the guard adopts
+SIGTERM to all of it, SIGKILL to what is left after `GRACE_S`. On Linux the guard adopts
 orphaned descendants, so that a server's workers in sessions of their own are found too; and the
 command is killed if the guard itself is.
 """
@@ -69,7 +69,7 @@ def _signal(group: int, number: int, processes: list[int]) -> None:
 
 def _stop(group: int) -> None:
     """End the group and all descendants; returns when none is left."""
-    _signal(group, signal.SIGTERM, [])
+    _signal(group, signal.SIGTERM, descendants(os.getpid()))
     deadline = time.monotonic() + GRACE_S
     while time.monotonic() < deadline:
         _reap()
