@@ -18,6 +18,7 @@ import subprocess
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,12 @@ def _checked(benchmark: Benchmark, row: Any, where: str) -> dict[str, Any]:
     if benchmark.runs_code:
         for name in ("public_test_cases", "private_test_cases"):
             kept[name] = json.dumps(_tests(kept[name], f"{where}, {name}"))
+        try:
+            date = datetime.fromisoformat(str(kept["contest_date"]))
+        except ValueError as error:
+            raise UserError(f"{where}: contest_date: {error}") from error
+        # With a T or a blank in it, evalscope's loader makes a timestamp of it, and then fails.
+        kept["contest_date"] = date.isoformat(sep="_")
         if not isinstance(kept["metadata"], str):
             kept["metadata"] = json.dumps(kept["metadata"])
     return kept

@@ -20,6 +20,7 @@ from megatron_fp8_ext.evaluation.process import Guarded
 
 HOST = "127.0.0.1"
 KINDS = ("sglang", "vllm", "transformers", "openai")
+_BROKEN = 5  # internal errors in a row that no waiting will mend
 _PORT_TAKEN = ("address already in use", "Address already in use", "port is already", "Errno 98")
 
 
@@ -225,7 +226,7 @@ class Server:
                 key_file.unlink(missing_ok=True)
 
     def _wait(self, waiting: Callable[[float], None]) -> None:
-        began, reason = time.monotonic(), "no answer"
+        began, reason, broken = time.monotonic(), "no answer", 0
         while (waited := time.monotonic() - began) < self.spec.ready_s:
             waiting(waited)
             self.raise_if_dead("before it was ready")
@@ -235,8 +236,13 @@ class Server:
                 return
             except NotReady as error:
                 reason = str(error)
+                broken = broken + 1 if reason.startswith("500") else 0
+            if broken >= _BROKEN:
+                break
             time.sleep(0.5)
         end = f"; the end of {self.log}: {self.process.tail()}" if self.process else ""
+        if broken:
+            raise UserError(f"the server at {self.url} fails to generate ({reason}){end}")
         raise UserError(
             f"the server at {self.url} was not ready after {self.spec.ready_s:.0f} s ({reason}): "
             f"raise --server-timeout if it was still loading{end}"

@@ -32,7 +32,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         wrong = self.headers["Authorization"] != "Bearer " + os.environ["MEGATRON_FP8_EVAL_KEY"]
-        code = 401 if wrong else 503 if mode == "loading" else 200
+        code = 401 if wrong else {"loading": 503, "failing": 500}.get(mode, 200)
         body = json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode()
         self.send_response(code); self.send_header("Content-Length", str(len(body)))
         self.end_headers(); self.wfile.write(body)
@@ -127,9 +127,10 @@ def test_kill_9_of_the_guard_ends_the_command(tmp_path):
         if not Path(f"/proc/{process.pid}/cmdline").read_bytes():
             break  # a zombie that nobody here can reap
         time.sleep(0.05)
-    assert not Path(f"/proc/{process.pid}").exists() or not Path(
-        f"/proc/{process.pid}/cmdline"
-    ).read_bytes()
+    assert (
+        not Path(f"/proc/{process.pid}").exists()
+        or not Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    )
     process.stop()
 
 
@@ -137,6 +138,7 @@ def test_kill_9_of_the_guard_ends_the_command(tmp_path):
     ("mode", "more", "words"),
     [
         ("broken", {}, "stopped with exit code 3 before it was ready.*shapes do not match"),
+        ("failing", {}, "fails to generate .500"),
         ("loading", {"ready_s": 3.0}, "was not ready after 3 s .503.*--server-timeout"),
     ],
 )
