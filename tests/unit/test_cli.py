@@ -33,6 +33,7 @@ def cli(*argv: str, **env: str):
         ["--help"], ["--version"], ["list"], ["list", "losses"], ["show", "infir2"],
         ["expand", "--", "--bf16", "--use-distributed-optimizer", "--fp8-recipe", "infir2"],
         ["data", "tokenize", "--help"],
+        ["eval", "aime24", "--model", ".", "--dry-run"],
     ],
     ids=" ".join,
 )  # fmt: skip
