@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fp8_ext import __version__, presets, registry
-from megatron_fp8_ext.commands import bench, compare, data, rl, schedule
+from megatron_fp8_ext.commands import bench, compare, data, evaluate, rl, schedule
 from megatron_fp8_ext.commands import run as run_command
 from megatron_fp8_ext.errors import UserError, unknown_name
 
@@ -31,6 +31,7 @@ app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args"
 )
 app.add_typer(rl.app, name="rl")
 app.add_typer(schedule.app, name="schedule")
+app.add_typer(evaluate.app, name="eval")
 _out = Console()
 
 

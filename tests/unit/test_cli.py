@@ -33,8 +33,9 @@ def cli(*argv: str, **env: str):
         ["--help"], ["--version"], ["list"], ["list", "losses"], ["show", "infir2"],
         ["expand", "--", "--bf16", "--use-distributed-optimizer", "--fp8-recipe", "infir2"],
         ["data", "tokenize", "--help"], ["compare", "--help"], ["report", "--help"],
-        ["data", "tokenize", "--help"], ["list", "presets"], ["show", "qwen2.5-7b-cpt"],
+        ["list", "presets"], ["show", "qwen2.5-7b-cpt"],
         ["run", "qwen2.5-7b-cpt", "--dry-run"], ["run", "qwen2.5-7b-rl-stage1", "--dry-run"],
+        ["eval", "aime24", "--model", ".", "--dry-run"],
     ],
     ids=" ".join,
 )  # fmt: skip

@@ -59,6 +59,9 @@ def test_commands_are_known(command):
     for word in words:
         if word.startswith("-") or group is None:
             break
+        default = getattr(group.info.cls, "default", None)
+        if default and word not in {c.callback.__name__ for c in group.registered_commands}:
+            word = default  # `eval aime24` means `eval run aime24`
         names.append(word)
         sub = {g.name: g.typer_instance for g in group.registered_groups}.get(word)
         if sub is None:

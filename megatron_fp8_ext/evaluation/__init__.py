@@ -1,0 +1,1 @@
+"""Evaluation through evalscope: a served checkpoint on AIME, GPQA and LiveCodeBench, unattended."""

@@ -1,0 +1,2 @@
+#!/bin/sh
+exec megatron-fp8 eval livecodebench "$@"
