@@ -6,6 +6,8 @@ Nothing is downloaded. Needs the extra `data` (packages tokenizers, gguf).
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,3 +133,12 @@ def gguf_chat_template(file: Path) -> tuple[str | None, dict[str, str]]:
             tokens = fields["tokenizer.ggml.tokens"]
             special[f"{name}_token"] = bytes(tokens.parts[tokens.data[index]]).decode("utf-8")
     return source, special
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Return a digest of everything that decides its tokens."""
+    settings = json.loads(tokenizer.to_str())
+    # Neither cuts nor pads what we encode, and offsets alone depend on the post-processor.
+    for name in ("truncation", "padding", "post_processor"):
+        settings.pop(name, None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

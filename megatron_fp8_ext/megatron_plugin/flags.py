@@ -8,12 +8,12 @@ error that names both flags.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.checkpoint.layout import CheckpointLayout
 from megatron_fp8_ext.errors import UserError, unknown_name
-from megatron_fp8_ext.megatron_plugin import arguments
+from megatron_fp8_ext.megatron_plugin import arguments, packed_flags
 from megatron_fp8_ext.megatron_plugin.refusals import REFUSALS, WITHOUT_EFFECT
 from megatron_fp8_ext.recipe import TE_BACKWARD_OVERRIDE, FP8Recipe, get_recipe
 
@@ -116,6 +116,12 @@ def expand(argv: Sequence[str], facts: Facts) -> Expansion:
     Raises:
         UserError: unknown recipe; a flag that contradicts it; a machine that cannot compute it.
     """
+    argv, packed = packed_flags.expand(argv)
+    expansion = _expand_recipe(argv, facts)
+    return replace(expansion, notes=(*expansion.notes, *packed))
+
+
+def _expand_recipe(argv: Sequence[str], facts: Facts) -> Expansion:
     name = requested(argv, facts.environ)
     if name is None:
         return _expand_native(argv, facts)

@@ -16,7 +16,15 @@ from typing import Any
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.checkpoint import layout
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.megatron_plugin import arguments, checks, compat, flags, run
+from megatron_fp8_ext.megatron_plugin import (
+    arguments,
+    checks,
+    compat,
+    flags,
+    packed_checks,
+    packed_flags,
+    run,
+)
 
 
 def wrap_add_megatron_arguments(module: ModuleType) -> None:
@@ -55,6 +63,27 @@ def _describe(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep the weights in BF16 and cast them at each use (same numbers, more memory)",
     )
+    for flag, what in (
+        (packed_flags.DATA, "train on the packed samples of this directory (`data pack`)"),
+        (packed_flags.VALID_DATA, "directory of packed samples for validation"),
+    ):
+        group.add_argument(flag, metavar="DIR", help=what)
+    group.add_argument(
+        packed_flags.LOSS, default="infialign", help="loss of --sft-data, by its registered name"
+    )
+    group.add_argument(
+        packed_flags.SCOPE,
+        choices=packed_flags.SCOPES,
+        default="batch",
+        help="pack inside each global batch of samples, or each epoch once (batches of packs)",
+    )
+    group.add_argument(
+        packed_flags.EPOCHS, type=int, help="epochs of --sft-data, instead of --train-iters"
+    )
+    if packed_flags.DOCUMENTS not in parser._option_string_actions:  # native from 0.19
+        group.add_argument(
+            packed_flags.DOCUMENTS, action="store_true", help="no attention across documents"
+        )
 
 
 def _expand_before_parsing(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +131,7 @@ def _adopt(expansion: flags.Expansion, parsed: Any, argv: Sequence[str]) -> None
             found = layout.find(load, arguments.value(argv, "--ckpt-step"))
             checks.checkpoint_fits(parsed, found)
         checks.corpus_exists(parsed)
+    packed_checks.check(parsed, state.wants_cpu)
     if expansion.recipe is not None and expansion.recipe.is_fp8:
         checks.shapes_fit_fp8(parsed, expansion.recipe.name, int(os.environ.get("WORLD_SIZE", "1")))
     os.environ.update(expansion.env)

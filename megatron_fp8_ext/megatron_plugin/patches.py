@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from megatron_fp8_ext.megatron_plugin import flags, import_hook, run
+from megatron_fp8_ext.megatron_plugin import arguments, flags, import_hook, packed_flags, run
 
-When = Literal["always", "emulation", "cpu"]
+When = Literal["always", "packed", "emulation", "cpu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,18 @@ def _cpu(name: str) -> Callable[[ModuleType], None]:
         getattr(cpu, name)(module)
 
     return apply
+
+
+def _packed(module: ModuleType) -> None:
+    from megatron_fp8_ext.megatron_plugin import packed_data
+
+    packed_data.microbatches_of_the_step(module)
+
+
+def _packed_attention(module: ModuleType) -> None:
+    from megatron_fp8_ext.megatron_plugin import packed_attention
+
+    packed_attention.in_local_layers(module)
 
 
 def _skip_missing_makefile(module: ModuleType) -> None:
@@ -113,6 +125,24 @@ PATCHES: tuple[Patch, ...] = (
         delete_when="never: there is no FP8 GEMM on a CPU",
         when="emulation",
         apply=_precision("emulated_linear"),
+    ),
+    Patch(
+        module="megatron.training.training",
+        symbol="get_forward_backward_func",
+        reason="a step over --sft-data has as many micro-batches as it has packs",
+        versions="0.17-0.19",
+        delete_when="Megatron's own packing scheduler is wired and takes a data set of ours",
+        when="packed",
+        apply=_packed,
+    ),
+    Patch(
+        module="megatron.core.transformer.dot_product_attention",
+        symbol="DotProductAttention",
+        reason="the local attention refuses packed sequences and context parallelism",
+        versions="0.17-0.19",
+        delete_when="it takes both",
+        when="emulation",
+        apply=_packed_attention,
     ),
     Patch(
         module="megatron.core.recompute",
@@ -195,7 +225,12 @@ def register() -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     run.current.on_cpu = on_cpu
     emulation = on_cpu or flags.EMULATE in sys.argv
-    active: dict[When, bool] = {"always": True, "emulation": emulation, "cpu": on_cpu}
+    active: dict[When, bool] = {
+        "always": True,
+        "packed": arguments.has(sys.argv, packed_flags.DATA),
+        "emulation": emulation,
+        "cpu": on_cpu,
+    }
     for patch in PATCHES:
         if active[patch.when]:
             import_hook.after_import(patch.module, _applier(patch))

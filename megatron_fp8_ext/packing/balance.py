@@ -79,6 +79,25 @@ def schedule(
     return min(plans, key=lambda plan: plan.slowest).packs
 
 
+def deal_packs(
+    costs: Sequence[float], ranks: int, microbatches: int
+) -> list[list[int]]:
+    """Return `result[rank]`, `microbatches` fixed packs each, with even costs.
+
+    Args:
+        costs: of `ranks * microbatches` packs.
+        ranks: data-parallel size.
+        microbatches: packs of each rank.
+    """
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    total = [0.0] * ranks
+    for pack in sorted(range(len(costs)), key=lambda pack: -costs[pack]):
+        rank = min((r for r in range(ranks) if len(dealt[r]) < microbatches), key=total.__getitem__)
+        dealt[rank].append(pack)
+        total[rank] += costs[pack]
+    return dealt
+
+
 class _Plan:
     """Packs of each rank under construction, with their room and the ranks' cost."""
 

@@ -19,10 +19,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.sft import conversation, inputs, shards, template
+from megatron_fp8_ext.sft import conversation, inputs, shards
 from megatron_fp8_ext.sft.conversation import InvalidRecord
 from megatron_fp8_ext.sft.inputs import Piece
-from megatron_fp8_ext.sft.template import ChatTemplate, Sample
+from megatron_fp8_ext.sft.shards import Sample
+from megatron_fp8_ext.sft.template import ChatTemplate
+from megatron_fp8_ext.tokenizer import fingerprint
 
 TooLong = Literal["drop", "truncate", "fail"]
 Invalid = Literal["fail", "drop"]
@@ -115,7 +117,11 @@ def pack(
         )
     index = {
         "format": shards.FORMAT,
-        "tokenizer": {"fingerprint": chat.fingerprint(), "vocab_size": vocabulary},
+        "tokenizer": {
+            "tokenizer": fingerprint(chat.tokenizer),
+            "fingerprint": chat.fingerprint(),
+            "vocab_size": vocabulary,
+        },
         "seq_length": options.seq_length,
         "dtype": setup.dtype,
         "truncated": sum(record["truncated"] for record in records),
@@ -267,7 +273,7 @@ def _write(setup: _Setup, chat: ChatTemplate, name: str, piece: Piece) -> dict[s
                     continue
                 truncated.append(line)
                 cut = options.seq_length
-                sample = template.Sample(sample.tokens[:cut], sample.mask[:cut])
+                sample = Sample(sample.tokens[:cut], sample.mask[:cut])
             # The first token has nothing before it that could predict it.
             if not sample.mask[1:].any():
                 if line in truncated[-1:]:

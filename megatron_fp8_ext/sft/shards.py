@@ -21,11 +21,23 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.sft.template import Sample
 
 INDEX = "index.json"
 JOB = "job.json"
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A tokenized conversation.
+
+    Attributes:
+        tokens: `[n]` int64.
+        mask: `[n]` bool, True where the token counts in the loss.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    mask: npt.NDArray[np.bool_]
 
 
 def write_file(path: Path, data: bytes) -> None:

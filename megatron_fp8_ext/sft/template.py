@@ -17,7 +17,6 @@ import hashlib
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +25,14 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer, processors
 
 from megatron_fp8_ext import tokenizer as tokenizers
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.sft.conversation import Conversation, InvalidRecord
+from megatron_fp8_ext.sft.shards import Sample
 
 Span = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A tokenized conversation.
-
-    Attributes:
-        tokens: `[n]` int64.
-        mask: `[n]` bool, True where the token counts in the loss.
-    """
-
-    tokens: npt.NDArray[np.int64]
-    mask: npt.NDArray[np.bool_]
 
 
 class _Generation(jinja2.ext.Extension):
@@ -118,7 +104,7 @@ class ChatTemplate:
 
     def fingerprint(self) -> str:
         """Return a digest of everything that decides tokens and masks."""
-        digest = hashlib.sha256(self.tokenizer.to_str().encode())
+        digest = hashlib.sha256(tokenizers.fingerprint(self.tokenizer).encode())
         digest.update(self.source.encode())
         digest.update(b"split" if self.split_tool_turns else b"")
         return digest.hexdigest()
