@@ -14,6 +14,7 @@ LOSS = "--loss"
 SCOPE = "--pack-scope"
 EPOCHS = "--sft-epochs"
 DOCUMENTS = "--dataloader-inter-document-masking"
+DOCUMENT_END = "--end-of-document-id"
 SCOPES = ("batch", "epoch")
 BATCH_SIZE = "64"  # samples; InfiR2's
 

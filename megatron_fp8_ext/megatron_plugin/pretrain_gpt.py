@@ -183,6 +183,9 @@ def datasets(sample_counts: Any, vp_stage: int | None = None) -> Any:
 
         return packed_data.iterators()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    tokenizer = build_tokenizer(args)
+    if args.dataloader_inter_document_masking:
+        documents.find_end(args, tokenizer)
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -192,7 +195,7 @@ def datasets(sample_counts: Any, vp_stage: int | None = None) -> Any:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
+        tokenizer=tokenizer,
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,

@@ -133,7 +133,7 @@ def assemble(
     size = layout.capacity if layout.fixed else max(-(-real // layout.multiple), 1) * layout.multiple
     tokens, labels, positions, units = (np.zeros(size, np.int64) for _ in range(4))
     weights = np.zeros(size, np.float32)
-    starts = [0, *ends[:-1].tolist()]
+    starts = [0, *ends.tolist()][:-1]
     for start, end, (ids, mask) in zip(starts, ends.tolist(), samples, strict=True):
         last = start + len(ids)
         tokens[start:last] = ids
