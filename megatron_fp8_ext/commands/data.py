@@ -56,7 +56,9 @@ def pack(
         Path | None, typer.Option(help="Jinja file, instead of the tokenizer's own template")
     ] = None,
     too_long: Annotated[str, typer.Option(help="longer samples: drop, truncate or fail")] = "drop",
-    invalid: Annotated[str, typer.Option(help="records that cannot be used: fail or drop")] = "fail",
+    invalid: Annotated[
+        str, typer.Option(help="records that cannot be used: fail or drop")
+    ] = "fail",
     split_tool_turns: Annotated[
         bool, typer.Option(help="a turn for each tool result in a row, as slime renders them")
     ] = False,

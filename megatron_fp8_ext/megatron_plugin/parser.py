@@ -81,7 +81,9 @@ def _describe(parser: argparse.ArgumentParser) -> None:
         packed_flags.EPOCHS, type=int, help="epochs of --sft-data, instead of --train-iters"
     )
     group.add_argument(
-        packed_flags.DOCUMENT_END, type=int, help="token that ends documents, if not the tokenizer's"
+        packed_flags.DOCUMENT_END,
+        type=int,
+        help="token that ends documents, if not the tokenizer's",
     )
     if packed_flags.DOCUMENTS not in parser._option_string_actions:  # native from 0.19
         group.add_argument(

@@ -79,9 +79,7 @@ def schedule(
     return min(plans, key=lambda plan: plan.slowest).packs
 
 
-def deal_packs(
-    costs: Sequence[float], ranks: int, microbatches: int
-) -> list[list[int]]:
+def deal_packs(costs: Sequence[float], ranks: int, microbatches: int) -> list[list[int]]:
     """Return `result[rank]`, `microbatches` fixed packs each, with even costs.
 
     Args:

@@ -130,7 +130,9 @@ def assemble(
     lengths = np.array([len(tokens) for tokens, _ in samples], np.int64)
     ends = np.cumsum(layout.padded(lengths))
     real = int(ends[-1]) if len(ends) else 0
-    size = layout.capacity if layout.fixed else max(-(-real // layout.multiple), 1) * layout.multiple
+    size = (
+        layout.capacity if layout.fixed else max(-(-real // layout.multiple), 1) * layout.multiple
+    )
     tokens, labels, positions, units = (np.zeros(size, np.int64) for _ in range(4))
     weights = np.zeros(size, np.float32)
     starts = [0, *ends.tolist()][:-1]

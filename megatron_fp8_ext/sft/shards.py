@@ -193,5 +193,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}); pack the data again") from error
     if version != FORMAT:
-        raise UserError(f"{folder} has format {version}, this version reads {FORMAT}; pack it again")
+        raise UserError(
+            f"{folder} has format {version}, this version reads {FORMAT}; pack it again"
+        )
     return index

@@ -90,9 +90,7 @@ def measure(data: SampleShards, batch: int = 64, ranks: int = 8) -> Statistics:
     )
 
 
-def _batch_scope(
-    lengths: Integers, capacity: int, batch: int, ranks: int
-) -> tuple[float, float]:
+def _batch_scope(lengths: Integers, capacity: int, batch: int, ranks: int) -> tuple[float, float]:
     batch = min(batch, len(lengths))
     order = EpochOrder(len(lengths), seed=0)
     tokens = slots = padding = 0

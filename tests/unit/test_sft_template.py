@@ -11,7 +11,10 @@ from megatron_fp8_ext.sft.conversation import InvalidRecord
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2, "é"]}}}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-U, A = ({"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>\nx</think>4"})
+U, A = (
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "<think>\nx</think>4"},
+)
 CASES = {
     "single": [U, A],
     "multi": [U, A, {"role": "user", "content": "the 😀 more"}, {**A, "content": "é\n\nok the end"}],
@@ -129,7 +132,12 @@ PAIR = [U, A]
 @pytest.mark.parametrize(
     "record",
     [
-        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": A["content"]}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "2+2?"},
+                {"from": "gpt", "value": A["content"]},
+            ]
+        },
         {"prompt": "2+2?", "response": A["content"]},
         {"instruction": "2+2?", "input": "", "output": A["content"]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+2?"}]}, A]},
@@ -151,7 +159,10 @@ def test_openai_arguments_are_decoded_once(chat):
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"messages": [U, {"role": "assistant", "content": " "}]}, "message 2 is an empty assistant"),
+        (
+            {"messages": [U, {"role": "assistant", "content": " "}]},
+            "message 2 is an empty assistant",
+        ),
         ({"messages": [U]}, "no assistant turn"),
         ({"messages": [U, {"role": "robot", "content": "x"}]}, "role 'robot'"),
         ({"messages": [U, {**A, "step_loss_mask": 0}]}, "taken out of the loss"),
