@@ -7,6 +7,7 @@ context parallelism keys and values are gathered from all ranks, and each rank c
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 from typing import Any
 
@@ -58,7 +59,7 @@ def block_diagonal(
     if parts == 1:
         pieces = [
             _attend(query[a:b], key[a:b], value[a:b], scale, None)
-            for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+            for a, b in itertools.pairwise(cuts)
             if b > a
         ]
         return torch.cat(pieces)
@@ -70,7 +71,7 @@ def block_diagonal(
     order = torch.argsort(torch.cat(held)).to(query.device)
     keys, values = (_Gather.apply(x, group)[order] for x in (key, value))
     pieces = []
-    for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+    for a, b in itertools.pairwise(cuts):
         rows = query[a // parts : b // parts]
         at = mine[a // parts : b // parts]
         allowed = at[:, None] >= torch.arange(a, b, device=at.device)[None, :]

@@ -47,7 +47,7 @@ def _open(flag: str, folder: str, args: Any) -> SampleShards:
         raise UserError(str(error).replace("--sft-data", flag)) from error
     if len(data) == 0:
         raise UserError(f"{flag} {folder} holds no samples; pack it again from more data")
-    longest = int(data.lengths.max())
+    longest = data.longest
     if args.seq_length is not None and longest > args.seq_length:
         raise UserError(
             f"{flag} {folder}: its longest sample has {longest} tokens, --seq-length is "

@@ -117,7 +117,7 @@ class MicroBatch:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence, padding included."""
-        return int(np.diff(self.cuts).max())
+        return int(np.max(np.diff(self.cuts)))
 
 
 Weigh = Callable[[npt.NDArray[np.bool_]], tuple[Array, Array]]
@@ -170,5 +170,12 @@ def on_context_parallel_rank(batch: MicroBatch, parts: int, part: int) -> MicroB
     if parts == 1:
         return batch
     held = context_parallel_part(batch.cuts, parts, part)
-    arrays = (batch.tokens, batch.labels, batch.positions, batch.weights, batch.units)
-    return MicroBatch(*(array[held] for array in arrays), batch.cuts, batch.lengths)
+    return MicroBatch(
+        batch.tokens[held],
+        batch.labels[held],
+        batch.positions[held],
+        batch.weights[held],
+        batch.units[held],
+        batch.cuts,
+        batch.lengths,
+    )

@@ -58,9 +58,9 @@ def best_fit_decreasing(lengths: Integers | Sequence[int], capacity: int) -> Pac
     lengths = np.asarray(lengths)
     if len(lengths) == 0:
         return Packs(np.zeros(0, np.int64), np.zeros(1, np.int64))
-    low, high = int(lengths.min()), int(lengths.max())
+    low, high = int(np.min(lengths)), int(np.max(lengths))
     if low < 1 or high > capacity:
-        which = int(lengths.argmin() if low < 1 else lengths.argmax())
+        which = int(np.argmin(lengths) if low < 1 else np.argmax(lengths))
         raise UserError(
             f"sample {which} has {low if low < 1 else high} tokens, and a pack takes 1 to {capacity}"
         )

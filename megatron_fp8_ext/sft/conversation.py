@@ -170,7 +170,7 @@ def _text(number: int, content: Any) -> str:
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, dict) else part for part in content]
         if all(isinstance(text, str) for text in texts):
-            return "".join(texts)
+            return "".join(map(str, texts))
     if not isinstance(content, str):
         raise InvalidRecord(f"the content of message {number} is not text")
     return content

@@ -2,22 +2,23 @@
 
 A loss is a pair of numbers for each predicted token, made where the samples are still whole: its weight in
 the sum of losses, and its part in what that sum is divided by. Both sums run over the *global* batch (all
-micro-batches, data- and context-parallel ranks), so neither the gradient nor the reported value depends on how
-the batch was packed or split. Megatron does the second sum under `--calculate-per-token-loss`.
+micro-batches, data- and context-parallel ranks), so neither the gradient nor the reported value depends
+on how the batch was packed or split. Megatron does the second sum under `--calculate-per-token-loss`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # `megatron-fp8 list` loads this module without numpy
+    from typing import TypeAlias
 
-if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
-Weights = npt.NDArray[np.float32]
-Units = npt.NDArray[np.int64]
+    Weights: TypeAlias = npt.NDArray[np.float32]
+    Units: TypeAlias = npt.NDArray[np.int64]
 
 
 class SampleLoss(Protocol):
@@ -43,7 +44,7 @@ class TokenMean:
 
     def weigh(self, mask: npt.NDArray[np.bool_]) -> tuple[Weights, Units]:
         """Every response token weighs the same."""
-        return mask.astype(np.float32), mask.astype(np.int64)
+        return mask.astype("float32"), mask.astype("int64")
 
 
 class SampleMean:
@@ -53,11 +54,11 @@ class SampleMean:
 
     def weigh(self, mask: npt.NDArray[np.bool_]) -> tuple[Weights, Units]:
         """Every sample with a response weighs the same; its last response token stands for it."""
-        units = np.zeros(len(mask), np.int64)
+        units = 0 * mask.astype("int64")
         count = int(mask.sum())
         if count:
-            units[np.flatnonzero(mask)[-1]] = 1
-        return mask.astype(np.float32) / max(count, 1), units
+            units[mask.nonzero()[0][-1]] = 1
+        return (mask / max(count, 1)).astype("float32"), units
 
 
 infialign = TokenMean()

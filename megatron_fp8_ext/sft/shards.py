@@ -150,6 +150,11 @@ class SampleShards:
                 state = "is missing" if found is None else f"has {found} bytes instead of {size}"
                 raise UserError(f"{file} {state}: delete {record['name']}.json and pack again")
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return int(np.max(self.lengths))
+
     def __len__(self) -> int:
         return len(self.lengths)
 

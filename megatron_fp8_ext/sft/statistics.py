@@ -76,7 +76,7 @@ def measure(data: SampleShards, batch: int = 64, ranks: int = 8) -> Statistics:
         supervised=data.supervised,
         truncated=int(index["truncated"]),
         dropped=dict(index["dropped"]),
-        longest=int(lengths.max()),
+        longest=int(np.max(lengths)),
         mean=float(lengths.mean()),
         median=float(np.median(lengths)),
         histogram=_histogram(lengths),
@@ -105,7 +105,7 @@ def _batch_scope(lengths: Integers, capacity: int, batch: int, ranks: int) -> tu
 
 
 def _histogram(lengths: Integers) -> list[tuple[int, int, int]]:
-    top = int(lengths.max()).bit_length()
+    top = int(np.max(lengths)).bit_length()
     edges = [1 << power for power in range(top + 1)]
     counts = np.histogram(lengths, bins=edges)[0].tolist()
     rows = [(edges[i], edges[i + 1] - 1, count) for i, count in enumerate(counts)]
@@ -124,7 +124,7 @@ def save(folder: Path, statistics: Statistics, lengths: Integers) -> bool:
     figure: Any = Figure(figsize=(8, 3.4), layout="tight")
     axes = figure.subplots()
     longest = max(statistics.longest, 2)
-    axes.hist(lengths, bins=np.geomspace(max(int(lengths.min()), 1), longest + 1, 60))
+    axes.hist(lengths, bins=np.geomspace(max(int(np.min(lengths)), 1), longest + 1, 60))
     axes.set_xscale("log")
     axes.set_xlabel("tokens of a sample")
     axes.set_ylabel("samples")

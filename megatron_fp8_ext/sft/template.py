@@ -1,9 +1,10 @@
-"""Chat messages -> tokens and loss mask, by the chat template of the tokenizer.
+r"""Chat messages -> tokens and loss mask, by the chat template of the tokenizer.
 
-The span. Of each supervised assistant turn, the tokens in the loss are those after the generation prompt up to
-and including the end of the turn: for Qwen2.5, after `<|im_start|>assistant\n`, through `<|im_end|>` and
-the newline that follows it. A token that straddles the border (an answer that begins with a newline) belongs
-to the prompt. These are the spans of slime's MultiTurnLossMaskGenerator (`--loss-mask-type qwen`).
+The span. Of each supervised assistant turn, the tokens in the loss are those after the generation prompt
+up to and including the end of the turn: for Qwen2.5, after `<|im_start|>assistant\n`, through
+`<|im_end|>` and the newline that follows it. A token that straddles the border (an answer that begins with a
+newline) belongs to the prompt. These are the spans of slime's MultiTurnLossMaskGenerator
+(`--loss-mask-type qwen`).
 
 A template with `{% generation %}` blocks says its spans itself. Any other is rendered up to each assistant
 turn, with and without the turn, and both renderings must be prefixes of the whole; a template that

@@ -122,11 +122,11 @@ def test_broken_lines_stop_with_their_number_or_are_counted(tmp_path, chat):
 
 def test_parquet_rows_are_the_same_samples(tmp_path, chat):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pq = pytest.importorskip("pyarrow.parquet")
 
     records = [record(i) for i in range(20)]
     parquet = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), parquet, row_group_size=7)
+    pq.write_table(pyarrow.Table.from_pylist(records), parquet, row_group_size=7)
     pack_job.pack([parquet], chat, tmp_path / "parquet", options())
     pack_job.pack([write(tmp_path / "a.jsonl", records)], chat, tmp_path / "jsonl", options())
     assert contents(tmp_path / "parquet") == contents(tmp_path / "jsonl")
