@@ -7,6 +7,8 @@ refusals      which flags cannot go with FP8, and why
 compat        versions and devices: the only file that knows them
 patches       every upstream symbol we touch, with its reason and when to delete it
 precision     which precision a layer really computes in: emulated, or checked TransformerEngine
+packed_*      packed SFT: flags, checks, data and forward step, attention without a GPU
+documents     inter-document masking for pre-training
 cpu, cpu_torch  training without a GPU
 pretrain_gpt  an entry script for the megatron-core wheel, which ships none
 """
