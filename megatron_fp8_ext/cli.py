@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fp8_ext import __version__, presets, registry
-from megatron_fp8_ext.commands import bench, compare, data, evaluate, rl, schedule
+from megatron_fp8_ext.commands import bench, compare, data, demo, evaluate, rl, schedule
 from megatron_fp8_ext.commands import run as run_command
 from megatron_fp8_ext.errors import UserError, unknown_name
 
@@ -32,6 +32,7 @@ app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args"
 app.add_typer(rl.app, name="rl")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(demo.app, name="demo")
 _out = Console()
 
 
@@ -146,19 +147,6 @@ def doctor(
     _out.print(seams)
     if any(finding.level == "fail" for finding in findings):
         raise typer.Exit(1)
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="folder for corpus, logs, checkpoints, page")] = Path(
-        "runs/demo"
-    ),
-    iterations: Annotated[int, typer.Option(help="iterations of each of the two runs")] = 240,
-) -> None:
-    """Train a small GPT on real text in BF16 and in infir2, from the same start, and compare."""
-    from megatron_fp8_ext.demo import run
-
-    run.main(output, iterations)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,6 +5,9 @@ Nothing is downloaded. Needs the extra `data` (packages tokenizers, gguf).
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +59,9 @@ def _from_json(file: Path) -> Tokenizer:
 
 def _from_gguf(file: Path) -> Tokenizer:
     """Rebuild a GPT-2 style byte-level BPE from the vocabulary and merges in a GGUF file."""
-    import gguf
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    fields = gguf.GGUFReader(file).fields
+    fields = _gguf_fields(file)
     kind = _text(fields, "tokenizer.ggml.model")
     split = _text(fields, "tokenizer.ggml.pre")
     pre_tokenizer: Any
@@ -100,6 +102,15 @@ def _from_gguf(file: Path) -> Tokenizer:
     return tokenizer
 
 
+@functools.lru_cache(maxsize=1)
+def _gguf_fields(file: Path) -> dict[str, Any]:
+    """Return the key-value fields; reading them takes seconds."""
+    import gguf
+
+    fields: dict[str, Any] = gguf.GGUFReader(file).fields
+    return fields
+
+
 def _texts(fields: Any, key: str) -> list[str]:
     field = fields[key]
     return [bytes(field.parts[index]).decode("utf-8") for index in field.data]
@@ -107,3 +118,27 @@ def _texts(fields: Any, key: str) -> list[str]:
 
 def _text(fields: Any, key: str) -> str:
     return _texts(fields, key)[0] if key in fields else "unknown"
+
+
+def gguf_chat_template(file: Path) -> tuple[str | None, dict[str, str]]:
+    """Return (chat template or None, special tokens by the names templates use) of a GGUF file."""
+    fields = _gguf_fields(file)
+    key = "tokenizer.chat_template"
+    source = _text(fields, key) if key in fields else None
+    special: dict[str, str] = {}
+    for name in ("bos", "eos"):
+        field = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if field is not None:
+            index = int(field.parts[field.data[0]][0])
+            tokens = fields["tokenizer.ggml.tokens"]
+            special[f"{name}_token"] = bytes(tokens.parts[tokens.data[index]]).decode("utf-8")
+    return source, special
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Return a digest of everything that decides its tokens."""
+    settings = json.loads(tokenizer.to_str())
+    # Neither cuts nor pads what we encode, and offsets alone depend on the post-processor.
+    for name in ("truncation", "padding", "post_processor"):
+        settings.pop(name, None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

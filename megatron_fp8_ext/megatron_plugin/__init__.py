@@ -8,6 +8,8 @@ compat        versions and devices: the only file that knows them
 patches       every upstream symbol we touch, with its reason and when to delete it
 precision     which precision a layer really computes in: emulated, or checked TransformerEngine
 taps          samples the error of the FP8 casts while training
+packed_*      packed SFT: flags, checks, data and forward step, attention without a GPU
+documents     inter-document masking for pre-training
 cpu, cpu_torch  training without a GPU
 pretrain_gpt  an entry script for the megatron-core wheel, which ships none
 """

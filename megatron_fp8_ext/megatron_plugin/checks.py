@@ -70,12 +70,7 @@ def corpus_exists(args: Any) -> None:
     Raises:
         UserError: names the missing or empty file.
     """
-    prefixes: list[str] = []
-    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        prefixes += [str(part) for part in getattr(args, name, None) or ()]
-    for prefix in prefixes:
-        if is_number(prefix) or "://" in prefix:
-            continue
+    for prefix in corpora(args):
         for suffix in (".idx", ".bin"):
             file = Path(prefix + suffix)
             if not file.is_file():
@@ -85,6 +80,14 @@ def corpus_exists(args: Any) -> None:
                 )
             if file.stat().st_size == 0:
                 raise UserError(f"--data-path {prefix}: {file} is empty; write the corpus again")
+
+
+def corpora(args: Any) -> list[str]:
+    """Return the local prefixes that --data-path and its kin name, without their weights."""
+    parts: list[str] = []
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        parts += [str(part) for part in getattr(args, name, None) or ()]
+    return [part for part in parts if not is_number(part) and "://" not in part]
 
 
 def is_number(text: str) -> bool:

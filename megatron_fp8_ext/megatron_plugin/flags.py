@@ -13,7 +13,13 @@ from dataclasses import dataclass, field, replace
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.checkpoint.layout import CheckpointLayout
 from megatron_fp8_ext.errors import UserError, unknown_name
-from megatron_fp8_ext.megatron_plugin import arguments, linear_loss, schedule_flags, stats_flags
+from megatron_fp8_ext.megatron_plugin import (
+    arguments,
+    linear_loss,
+    packed_flags,
+    schedule_flags,
+    stats_flags,
+)
 from megatron_fp8_ext.megatron_plugin.refusals import REFUSALS, WITHOUT_EFFECT
 from megatron_fp8_ext.recipe import TE_BACKWARD_OVERRIDE, FP8Recipe, get_recipe
 
@@ -129,7 +135,9 @@ def expand(argv: Sequence[str], facts: Facts) -> Expansion:
     """
     argv, chunked_loss = linear_loss.take(argv)
     argv, stats = stats_flags.take(argv)
+    argv, packed = packed_flags.expand(argv)
     out = _expand_recipe(argv, facts)
+    out = replace(out, notes=(*out.notes, *packed))
     if stats is not None:
         asks_fp8 = out.recipe.is_fp8 if out.recipe else arguments.has(argv, "--fp8-format")
         note = stats.note if asks_fp8 else f"{stats_flags.INTERVAL}: BF16 casts nothing to sample"

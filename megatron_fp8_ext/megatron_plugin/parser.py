@@ -26,6 +26,8 @@ from megatron_fp8_ext.megatron_plugin import (
     compat,
     flags,
     linear_loss,
+    packed_checks,
+    packed_flags,
     run,
     schedule_flags,
     stats_flags,
@@ -91,6 +93,32 @@ def _describe(parser: argparse.ArgumentParser) -> None:
     )
     for flag, text in schedule_flags.HELP.items():
         group.add_argument(flag, help=text)
+    for flag, what in (
+        (packed_flags.DATA, "train on the packed samples of this directory (`data pack`)"),
+        (packed_flags.VALID_DATA, "directory of packed samples for validation"),
+    ):
+        group.add_argument(flag, metavar="DIR", help=what)
+    group.add_argument(
+        packed_flags.LOSS, default="infialign", help="loss of --sft-data, by its registered name"
+    )
+    group.add_argument(
+        packed_flags.SCOPE,
+        choices=packed_flags.SCOPES,
+        default="batch",
+        help="pack inside each global batch of samples, or each epoch once (batches of packs)",
+    )
+    group.add_argument(
+        packed_flags.EPOCHS, type=int, help="epochs of --sft-data, instead of --train-iters"
+    )
+    group.add_argument(
+        packed_flags.DOCUMENT_END,
+        type=int,
+        help="token that ends documents, if not the tokenizer's",
+    )
+    if packed_flags.DOCUMENTS not in parser._option_string_actions:  # native from 0.19
+        group.add_argument(
+            packed_flags.DOCUMENTS, action="store_true", help="no attention across documents"
+        )
 
 
 def _expand_before_parsing(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +163,7 @@ def _adopt(found: Command, expansion: flags.Expansion, parsed: Any) -> None:
     if ours:
         checks.checkpoint_fits(parsed, found.layout)
         checks.corpus_exists(parsed)
+    packed_checks.check(parsed, state.wants_cpu)
     if expansion.recipe is not None and expansion.recipe.is_fp8:
         checks.shapes_fit_fp8(parsed, expansion.recipe.name, int(os.environ.get("WORLD_SIZE", "1")))
     if branch is not None:

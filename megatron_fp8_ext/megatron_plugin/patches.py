@@ -18,12 +18,13 @@ from megatron_fp8_ext.megatron_plugin import (
     flags,
     import_hook,
     linear_loss,
+    packed_flags,
     run,
     stats_flags,
 )
 from megatron_fp8_ext.megatron_plugin.branch import FROM
 
-When = Literal["always", "ours", "branch", "emulation", "cpu", "stats", "chunked loss"]
+When = Literal["always", "ours", "branch", "packed", "emulation", "cpu", "stats", "chunked loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,18 @@ def _cpu(name: str) -> Callable[[ModuleType], None]:
         getattr(cpu, name)(module)
 
     return apply
+
+
+def _packed(module: ModuleType) -> None:
+    from megatron_fp8_ext.megatron_plugin import packed_data
+
+    packed_data.microbatches_of_the_step(module)
+
+
+def _packed_attention(module: ModuleType) -> None:
+    from megatron_fp8_ext.megatron_plugin import packed_attention
+
+    packed_attention.in_local_layers(module)
 
 
 def _skip_missing_makefile(module: ModuleType) -> None:
@@ -190,6 +203,24 @@ PATCHES: tuple[Patch, ...] = (
         apply=linear_loss.postprocess,
     ),
     Patch(
+        module="megatron.training.training",
+        symbol="get_forward_backward_func",
+        reason="a step over --sft-data has as many micro-batches as it has packs",
+        versions="0.17-0.19",
+        delete_when="Megatron's own packing scheduler is wired and takes a data set of ours",
+        when="packed",
+        apply=_packed,
+    ),
+    Patch(
+        module="megatron.core.transformer.dot_product_attention",
+        symbol="DotProductAttention",
+        reason="the local attention refuses packed sequences and context parallelism",
+        versions="0.17-0.19",
+        delete_when="it takes both",
+        when="emulation",
+        apply=_packed_attention,
+    ),
+    Patch(
         module="megatron.core.recompute",
         symbol="te_checkpoint",
         reason="full recomputation under FP8 calls TransformerEngine's checkpoint",
@@ -276,6 +307,7 @@ def register() -> None:
         "always": True,
         "ours": asked or run.current.wants_cpu,
         "branch": arguments.has(sys.argv, FROM),
+        "packed": arguments.has(sys.argv, packed_flags.DATA),
         "emulation": on_cpu or emulated,
         "cpu": on_cpu,
         "stats": any(token.startswith(stats_flags.INTERVAL) for token in sys.argv),

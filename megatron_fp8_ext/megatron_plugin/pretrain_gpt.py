@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.megatron_plugin import compat, import_hook, run
+from megatron_fp8_ext.megatron_plugin import compat, documents, import_hook, run
 
 _ONLY_IN_MEGATRON_LM = (
     "sft",
@@ -24,7 +24,6 @@ _ONLY_IN_MEGATRON_LM = (
     "hybrid_context_parallel",
     "experimental_attention_variant",
     "heterogeneous_layers_config_path",
-    "dataloader_inter_document_masking",
 )
 _DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
 
@@ -179,7 +178,14 @@ def datasets(sample_counts: Any, vp_stage: int | None = None) -> Any:
 
     args = get_args()
     _refuse_unsupported(args)
+    if args.sft_data:
+        from megatron_fp8_ext.megatron_plugin import packed_data
+
+        return packed_data.iterators()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    tokenizer = build_tokenizer(args)
+    if args.dataloader_inter_document_masking:
+        documents.find_end(args, tokenizer)
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -189,7 +195,7 @@ def datasets(sample_counts: Any, vp_stage: int | None = None) -> Any:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
+        tokenizer=tokenizer,
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
@@ -235,20 +241,12 @@ def get_batch(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
 def loss_func(loss_mask: Any, output: Any, model: Any = None) -> Any:
     """Return (sum of token losses, number of tokens, report), Megatron's three-part protocol."""
     import torch
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
-    from megatron.training import get_args
+
+    from megatron_fp8_ext.megatron_plugin import packed_data
 
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
-    if get_args().check_for_nan_in_loss_and_grad:
-        for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-            get_rerun_state_machine().validate_result(
-                result=loss,
-                rejection_func=reject,
-                message=f"found {what} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
+    packed_data.check_finite(loss)
     tokens = mask.sum().clone().detach().to(torch.int)
     report = torch.cat([loss.clone().detach().view(1), tokens.view(1)])
     return loss, tokens, {"lm loss": report}
@@ -257,14 +255,26 @@ def loss_func(loss_mask: Any, output: Any, model: Any = None) -> Any:
 def forward_step(data_iterator: Any, model: Any) -> Any:
     """One micro-batch forward; returns the output and the loss function for it."""
     from megatron.core.utils import get_attr_wrapped_model
-    from megatron.training import get_timers
+    from megatron.training import get_args, get_timers
 
+    from megatron_fp8_ext.megatron_plugin import packed_data
+
+    args = get_args()
+    if args.sft_data:
+        return packed_data.forward_step(data_iterator, model)
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    sequences = None
+    if args.dataloader_inter_document_masking:
+        batch, sequences = documents.separate(batch)
     timers("batch-generator").stop()
     output = model(
-        batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        packed_seq_params=sequences,
     )
     return output, partial(loss_func, batch["loss_mask"], model=model)
 

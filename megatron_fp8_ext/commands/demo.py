@@ -1,0 +1,38 @@
+"""`megatron-fp8 demo` and `megatron-fp8 demo sft`: training runs that need nothing but this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Train a small GPT in BF16 and in infir2, from the same start, and compare.")
+
+
+@app.callback(invoke_without_command=True)
+def pretrain(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(help="folder for corpus, logs, checkpoints, page")] = Path(
+        "runs/demo"
+    ),
+    iterations: Annotated[int, typer.Option(help="iterations of each of the two runs")] = 240,
+) -> None:
+    """Train a small GPT on real text in BF16 and in infir2, from the same start, and compare."""
+    if context.invoked_subcommand is not None:
+        return
+    from megatron_fp8_ext.demo import run
+
+    run.main(output, iterations)
+
+
+@app.command()
+def sft(
+    output: Annotated[Path, typer.Option(help="folder for data and logs")] = Path("runs/demo-sft"),
+    samples: Annotated[int, typer.Option(help="generated reasoning samples")] = 320,
+    epochs: Annotated[int, typer.Option(help="epochs of each of the two runs")] = 2,
+) -> None:
+    """Packed SFT on a generated, verifiable reasoning set, in BF16 and in infir2."""
+    from megatron_fp8_ext.demo import sft as run
+
+    run.main(output, samples, epochs)
