@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fp8_ext import __version__, registry
-from megatron_fp8_ext.commands import data
+from megatron_fp8_ext.commands import convert, data
 from megatron_fp8_ext.errors import UserError, unknown_name
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data.app, name="data")
+app.add_typer(convert.app, name="convert")
 _out = Console()
 
 
