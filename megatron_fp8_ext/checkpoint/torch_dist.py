@@ -349,7 +349,7 @@ class TorchDistWriter:
 
     def empty_object(self, name: str) -> None:
         """Write an entry without content, as layers without FP8 history have in `_extra_state`."""
-        self._append(name, None, None)
+        self._append(name, None, [None])  # Megatron stores an object as a list of its local parts
 
     def _append(self, name: str, offsets: tuple[int, ...] | None, value: Any) -> None:
         if self._file is None or self._file.tell() >= _FILE_BYTES:
