@@ -8,7 +8,7 @@ config.json a `quantization_config`. The cast is `fp8/reference.py`, training's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +24,8 @@ from megatron_fp8_ext.fp8 import reference
 from megatron_fp8_ext.recipe import ScaleFormat
 
 SCALE = "_scale_inv"  # after the weight's name
-# Rows cast at a time: whole blocks, so the result is that of the whole; bounds the FP32 copies.
-_SLAB = 8 * BLOCK
+# Values cast at a time: bounds the FP32 copies, of which a cast makes several.
+_SLAB_VALUES = 1 << 21
 Device = Literal["auto", "cpu", "cuda"]
 # [N, K] bfloat16 -> codes, scales. Any other cast must agree with the reference bit for bit.
 Cast = Callable[[Tensor, ScaleFormat], reference.Quantized]
@@ -133,12 +133,12 @@ def cast_weight(
     """
     codes = torch.empty(value.shape, dtype=torch.float8_e4m3fn)
     scales = []
-    for first in range(0, value.shape[0], _SLAB):
-        slab = value[first : first + _SLAB].to(device).to(torch.bfloat16)
+    for rows in _slabs(value.shape):
+        slab = value[rows].to(device).to(torch.bfloat16)
         if not bool(torch.isfinite(slab).all()):
             raise UserError(f"{name} holds NaN or infinity: the model is broken, and FP8 would hide it")
         quantized = cast(slab, scale_format)
-        codes[first : first + _SLAB] = quantized.codes.cpu()
+        codes[rows] = quantized.codes.cpu()
         scales.append(quantized.scale_inv.cpu())
     return reference.Quantized(codes, torch.cat(scales), (BLOCK, BLOCK))
 
@@ -241,13 +241,18 @@ def read_dequantized(folder: Folder, name: str) -> Tensor:
         )
     codes, scale_inv = folder.read(name), folder.read(scales.name)
     out = torch.empty(entry.shape, dtype=torch.bfloat16)
-    for first in range(0, entry.shape[0], _SLAB):
-        rows = slice(first // BLOCK, (first + _SLAB) // BLOCK)
-        slab = reference.Quantized(
-            codes[first : first + _SLAB], scale_inv[rows], (BLOCK, BLOCK)
-        )
-        out[first : first + _SLAB] = slab.dequantize(torch.bfloat16)
+    for rows in _slabs(entry.shape):
+        blocks = slice(rows.start // BLOCK, -(-rows.stop // BLOCK))
+        slab = reference.Quantized(codes[rows], scale_inv[blocks], (BLOCK, BLOCK))
+        out[rows] = slab.dequantize(torch.bfloat16)
     return out
+
+
+def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield slices of rows, whole blocks each, so that slab by slab is the same as all at once."""
+    step = max(_SLAB_VALUES // (BLOCK * max(shape[1], 1)), 1) * BLOCK
+    for first in range(0, shape[0], step):
+        yield slice(first, min(first + step, shape[0]))
 
 
 def fp8_to_hf(

@@ -357,7 +357,10 @@ class TorchDistWriter:
             self._file = (self._folder / f"__0_{self._files}.distcp").open("wb")
             self._files += 1
         start = self._file.tell()
-        torch.save(value, self._file)
+        try:
+            torch.save(value, self._file)
+        except RuntimeError as error:  # torch's zip writer hides a full disk behind its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         place = (name, offsets, Path(self._file.name).name, start, self._file.tell() - start)
         self._places.append(place)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 pytest.importorskip("safetensors", reason="the reference implementation of the format")
 import hf_models  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
