@@ -1,4 +1,5 @@
 # make demo   train a small GPT on real text, BF16 against infir2 (about 10 minutes on 2 cores)
+# make demo-convert   a released model -> Megatron -> CPT -> Hugging Face -> FP8 -> text (about 2 minutes)
 # make test   set up and run every check: ruff, mypy, import-linter, pytest
 # Both find a Python 3.12 or 3.13 by themselves and build .venv once; PYTHON=... overrides.
 
@@ -6,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SITES := .cache
 
-.PHONY: demo test lint env clean
+.PHONY: demo demo-convert test lint env clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +20,9 @@ env: $(VENV)/.ready
 
 demo: env
 	@$(BIN)/megatron-fp8 demo
+
+demo-convert: env
+	@$(BIN)/megatron-fp8 convert demo
 
 lint: env
 	$(BIN)/ruff check .

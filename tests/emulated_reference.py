@@ -40,7 +40,9 @@ class Column(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         weights = self.weight.chunk(self.tp)
         biases = self.bias.chunk(self.tp) if self.bias is not None else [None] * self.tp
-        y = torch.cat([linear(x, w, b, self.recipe) for w, b in zip(weights, biases)], dim=-1)
+        y = torch.cat(
+            [linear(x, w, b, self.recipe) for w, b in zip(weights, biases, strict=True)], dim=-1
+        )
         y = y.unflatten(-1, (self.groups, -1))
         return [p.flatten(-2) for p in y.split([r // self.groups for r in self.rows], dim=-1)]
 
@@ -54,7 +56,9 @@ class Row(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shards = zip(x.chunk(self.tp, -1), self.weight.chunk(self.tp, 1), strict=True)
-        total, *others = [linear(a.contiguous(), w.contiguous(), None, self.recipe) for a, w in shards]
+        total, *others = [
+            linear(a.contiguous(), w.contiguous(), None, self.recipe) for a, w in shards
+        ]
         for other in others:
             total = total + other
         return total
@@ -94,7 +98,9 @@ def convert(model: Any, tp: int, recipe: str) -> Any:
 
 
 def norm(theirs: Any) -> nn.Module:
-    ours = nn.RMSNorm(theirs.weight.shape[0], eps=theirs.variance_epsilon, dtype=theirs.weight.dtype)
+    ours = nn.RMSNorm(
+        theirs.weight.shape[0], eps=theirs.variance_epsilon, dtype=theirs.weight.dtype
+    )
     ours.weight = theirs.weight
     return ours
 

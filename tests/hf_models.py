@@ -91,7 +91,9 @@ def save(path: Path, state: dict[str, Any], shards: int, save_file: Any) -> None
         save_file(state, path / "model.safetensors", metadata={"format": "pt"})
         return
     names = list(state)
-    files = {f"model-{i + 1:05d}-of-{shards:05d}.safetensors": names[i::shards] for i in range(shards)}
+    files = {
+        f"model-{i + 1:05d}-of-{shards:05d}.safetensors": names[i::shards] for i in range(shards)
+    }
     for file, part in files.items():
         save_file({n: state[n] for n in part}, path / file, metadata={"format": "pt"})
     weight_map = {name: file for file, part in files.items() for name in part}

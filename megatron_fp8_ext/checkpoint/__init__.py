@@ -2,7 +2,7 @@
 
 layout        what a Megatron checkpoint contains, from its index alone (no torch)
 safe_pickle   the unpicklers: plain data out, nothing executed
-torch_dist    Megatron's `torch_dist` format: stream tensors out of one, write one
+torch_dist    Megatron's `torch_dist` format: stream tensors out of one (torch_dist_writer: write one)
 safetensors   the safetensors format, tensor by tensor
 huggingface   a Hugging Face folder: configuration, shards, everything else
 architecture  config.json -> what Megatron must be told

@@ -16,7 +16,11 @@ from megatron_fp8_ext.errors import UserError
 
 BLOCK = 128
 # What Megatron's --use-rope-scaling hard-codes (core/models/common/embeddings/rotary_pos_embedding).
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +147,9 @@ class Architecture:
                 found.append(f"{name} is {stored} in the checkpoint, {wanted[name]} in config.json")
         for name in _MUST_BE_OFF:
             if arguments.get(name):
-                found.append(f"{name} is {arguments[name]} in the checkpoint, which {self.family} lacks")
+                found.append(
+                    f"{name} is {arguments[name]} in the checkpoint, which {self.family} lacks"
+                )
         scaling = arguments.get("rope_scaling_factor")
         if self.rope_scaling_factor is not None and scaling not in (None, self.rope_scaling_factor):
             found.append(
@@ -219,7 +225,9 @@ def from_config(config: Mapping[str, Any], where: str) -> Architecture:
         raise UserError(f"{where}: {groups} key-value heads do not divide {heads} heads")
     head = integer("head_dim") if config.get("head_dim") else hidden // heads
     if not config.get("head_dim") and hidden % heads:
-        raise UserError(f"{where}: hidden_size {hidden} is no multiple of {heads} heads; add head_dim")
+        raise UserError(
+            f"{where}: hidden_size {hidden} is no multiple of {heads} heads; add head_dim"
+        )
     for name, fine in _FIXED.items():
         if config.get(name, fine[0]) not in fine:
             raise UserError(

@@ -167,7 +167,9 @@ class Comparison:
         both = [row for row in self.rows if row.codes is not None]
         if both:
             same = sum(bool(row.codes) for row in both)
-            lines.append(f"FP8 codes and scales: {same} of {len(both)} weights are equal bit for bit")
+            lines.append(
+                f"FP8 codes and scales: {same} of {len(both)} weights are equal bit for bit"
+            )
         return lines
 
     def passes(self, bitwise: bool = False, min_sqnr: float | None = None) -> bool:
@@ -193,9 +195,7 @@ def compare(
         raise UserError(f"{only[0]} is in {has} and not in {lacks} ({len(only)} such tensors)")
     for name, shape in left.shapes.items():
         if shape != right.shapes[name]:
-            raise UserError(
-                f"{name} is {list(shape)} in {a} and {list(right.shapes[name])} in {b}"
-            )
+            raise UserError(f"{name} is {list(shape)} in {a} and {list(right.shapes[name])} in {b}")
     counter = meter(sum(4 * math.prod(shape) for shape in left.shapes.values()), progress)
     rows = []
     for name, shape in left.shapes.items():
@@ -207,9 +207,9 @@ def compare(
 def _row(name: str, left: Values, right: Values) -> TensorRow:
     x, y = left.read(name), right.read(name)
     codes = None
-    stored = left.codes(name), right.codes(name)
-    if stored[0] is not None and stored[1] is not None:
-        codes = all(_same_bits(p, q) for p, q in zip(*stored, strict=True))
+    ours, theirs = left.codes(name), right.codes(name)
+    if ours is not None and theirs is not None:
+        codes = all(_same_bits(p, q) for p, q in zip(ours, theirs, strict=True))
     x, y = x.to(torch.float32), y.to(torch.float32)
     if _same_bits(x, y):
         return TensorRow(name, 0.0, math.inf, True, codes)

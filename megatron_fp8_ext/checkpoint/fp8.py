@@ -86,7 +86,9 @@ def hf_to_fp8(
     folder = huggingface.open_folder(source)
     arch = architecture.from_config(folder.config, str(source / "config.json"))
     if folder.quantization is not None:
-        raise UserError(f"{source} is quantized already ({folder.quantization.get('quant_method')})")
+        raise UserError(
+            f"{source} is quantized already ({folder.quantization.get('quant_method')})"
+        )
     weights = _weights(folder, arch)
     specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, entry in folder.entries.items():
@@ -136,7 +138,9 @@ def cast_weight(
     for rows in _slabs(value.shape):
         slab = value[rows].to(device).to(torch.bfloat16)
         if not bool(torch.isfinite(slab).all()):
-            raise UserError(f"{name} holds NaN or infinity: the model is broken, and FP8 would hide it")
+            raise UserError(
+                f"{name} holds NaN or infinity: the model is broken, and FP8 would hide it"
+            )
         quantized = cast(slab, scale_format)
         codes[rows] = quantized.codes.cpu()
         scales.append(quantized.scale_inv.cpu())
@@ -271,13 +275,10 @@ def fp8_to_hf(
     if not is_block_fp8(folder):
         raise UserError(f"{source} is not quantized: its config.json has no quantization_config")
     names = [name for name in folder.entries if not _is_scale(folder, name)]
-    specs = {
-        name: (
-            torch.bfloat16 if folder.entries[name].dtype == torch.float8_e4m3fn else folder.entries[name].dtype,
-            folder.entries[name].shape,
-        )
-        for name in names
-    }  # fmt: skip
+    specs = {name: (folder.entries[name].dtype, folder.entries[name].shape) for name in names}
+    for name, (dtype, shape) in specs.items():
+        if dtype == torch.float8_e4m3fn:
+            specs[name] = (torch.bfloat16, shape)
     counter = meter(sum(e.nbytes for e in folder.entries.values()), progress)
     with output.folder(target, huggingface.total_bytes(specs)) as partial:
         writer = huggingface.FolderWriter(partial, specs, shard_bytes)

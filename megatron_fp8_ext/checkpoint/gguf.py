@@ -50,7 +50,9 @@ def gguf_to_hf(source: Path, target: Path) -> Report:
         huggingface.write_json(partial / "tokenizer_config.json", _tokenizer_config(source, words))
         with (partial / "tokenizer.json").open("rb") as file:
             output.sync(file)
-    note = f"dequantized by transformers and rounded to BF16; vocabulary of {words.get_vocab_size()}"
+    note = (
+        f"dequantized by transformers and rounded to BF16; vocabulary of {words.get_vocab_size()}"
+    )
     return Report(target, len(specs), source.stat().st_size, counter.seconds, (note,))
 
 
@@ -60,7 +62,7 @@ def _load(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise UserError(
-            f"GGUF needs the package {error.name}: pip install \"megatron-fp8-ext[convert]\""
+            f'GGUF needs the package {error.name}: pip install "megatron-fp8-ext[convert]"'
         ) from error
     try:
         where: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}

@@ -16,7 +16,8 @@ from megatron_fp8_ext.checkpoint.architecture import Architecture
 from megatron_fp8_ext.checkpoint.huggingface import Folder
 from megatron_fp8_ext.checkpoint.mapping import Unit, check_shape
 from megatron_fp8_ext.checkpoint.report import Progress, Report, meter
-from megatron_fp8_ext.checkpoint.torch_dist import TorchDist, TorchDistWriter, open_checkpoint
+from megatron_fp8_ext.checkpoint.torch_dist import TorchDist, open_checkpoint
+from megatron_fp8_ext.checkpoint.torch_dist_writer import TorchDistWriter
 from megatron_fp8_ext.errors import UserError
 
 FLAGS_FILE = "megatron_flags.txt"
@@ -232,7 +233,9 @@ def hf_specs(arch: Architecture) -> dict[str, tuple[torch.dtype, tuple[int, ...]
 def _block_notes(arch: Architecture, tensor_parallel: int) -> list[str]:
     reasons = arch.block_mismatches(tensor_parallel)
     if not reasons:
-        return [f"128x128 blocks are training's own (TP={tensor_parallel}): FP8 codes will be bitwise equal"]
+        return [
+            f"128x128 blocks are training's own (TP={tensor_parallel}): FP8 codes will be bitwise equal"
+        ]
     return [
         f"128x128 blocks are not training's own (TP={tensor_parallel}), so FP8 codes of these differ: {r}"
         for r in reasons
@@ -284,7 +287,9 @@ def hf_to_megatron(
     _check_source(folder, arch)
     flags = arch.megatron_flags(tensor_parallel)
     notes = [" ".join(flags)]
-    rounded = sorted({str(e.dtype).removeprefix("torch.") for e in folder.entries.values()} - {"bfloat16"})
+    rounded = sorted(
+        {str(e.dtype).removeprefix("torch.") for e in folder.entries.values()} - {"bfloat16"}
+    )
     if rounded:
         notes.append(f"rounded to BF16 from {', '.join(rounded)}")
     arguments: dict[str, Any] = arch.megatron_arguments()

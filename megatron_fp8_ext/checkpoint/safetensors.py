@@ -86,7 +86,9 @@ def read_header(path: Path) -> dict[str, Entry]:
             if name == "__metadata__":
                 continue
             if value["dtype"] not in DTYPES:
-                raise UserError(f"{path}: {name} has dtype {value['dtype']}, which is not supported")
+                raise UserError(
+                    f"{path}: {name} has dtype {value['dtype']}, which is not supported"
+                )
             start, stop = value["data_offsets"]
             shape = tuple(int(n) for n in value["shape"])
             entry = Entry(name, DTYPES[value["dtype"]], shape, path, 8 + length + start)
@@ -142,7 +144,9 @@ def read(entry: Entry) -> Tensor:
 class FileWriter:
     """Write one file whose tensors are known beforehand, in any order."""
 
-    def __init__(self, path: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    def __init__(
+        self, path: Path, specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> None:
         # Widest dtype first, as the package orders them: then every tensor starts aligned.
         names = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -20,7 +20,9 @@ app = typer.Typer(
 
 _Out = Annotated[Path, typer.Argument(metavar="OUT", help="output folder; must not exist")]
 _ShardSize = Annotated[float, typer.Option(help="largest shard of the output, GB")]
-_TP = Annotated[int, typer.Option("--tensor-model-parallel-size", min=1, help="of the training run")]
+_TP = Annotated[
+    int, typer.Option("--tensor-model-parallel-size", min=1, help="of the training run")
+]
 
 
 @app.command("megatron-to-hf")
@@ -74,7 +76,9 @@ def hf_to_fp8(
     scale_format: Annotated[
         str, typer.Option(help="e8m0: powers of two (infir2); fp32 (infir2-rl)")
     ] = "e8m0",
-    device: Annotated[str, typer.Option(help="where to cast: auto, cpu or cuda; same codes")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="where to cast: auto, cpu or cuda; same codes")
+    ] = "auto",
     tensor_model_parallel_size: _TP = 1,
     shard_size: _ShardSize = 5.0,
 ) -> None:
@@ -126,9 +130,15 @@ def verify(
         Path | None, typer.Option(help="model folder, where neither A nor B has a config.json")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="also compare the logits on this text")] = None,
-    bitwise: Annotated[bool, typer.Option(help="exit 1 unless every tensor is equal bit for bit")] = False,
-    min_sqnr: Annotated[float | None, typer.Option(help="exit 1 if a tensor is below, in dB")] = None,
-    every: Annotated[bool, typer.Option("--every", help="a line for each tensor, equal ones too")] = False,
+    bitwise: Annotated[
+        bool, typer.Option(help="exit 1 unless every tensor is equal bit for bit")
+    ] = False,
+    min_sqnr: Annotated[
+        float | None, typer.Option(help="exit 1 if a tensor is below, in dB")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--every", help="a line for each tensor, equal ones too")
+    ] = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor, as values (FP8 dequantized) in Hugging Face names."""
     from rich.table import Table
@@ -141,7 +151,9 @@ def verify(
     rows = result.rows if every else [row for row in result.rows if not row.bitwise]
     shown = rows if every else sorted(rows, key=lambda row: row.sqnr_db)[:20]
     for row in shown:
-        table.add_row(row.name, f"{row.max_error:.3g}", f"{row.sqnr_db:.1f}", "yes" if row.bitwise else "no")
+        table.add_row(
+            row.name, f"{row.max_error:.3g}", f"{row.sqnr_db:.1f}", "yes" if row.bitwise else "no"
+        )
     if shown:
         Console(width=120).print(table)
         if len(rows) > len(shown):
@@ -155,6 +167,19 @@ def verify(
             print(line)
     if not result.passes(bitwise=bitwise, min_sqnr=min_sqnr):
         raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="folder for everything it writes")] = Path(
+        "runs/convert"
+    ),
+    iterations: Annotated[int, typer.Option(min=3, help="of continual pre-training")] = 8,
+) -> None:
+    """A released model to Megatron, a little training in infir2, back, to FP8, and its text."""
+    from megatron_fp8_ext.demo import convert
+
+    convert.main(output, iterations)
 
 
 def _bytes(gigabytes: float) -> int:

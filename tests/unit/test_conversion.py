@@ -25,6 +25,7 @@ from megatron_fp8_ext.checkpoint import (  # noqa: E402
     mapping,
     megatron,
     torch_dist,
+    torch_dist_writer,
 )
 from megatron_fp8_ext.errors import UserError  # noqa: E402
 from megatron_fp8_ext.fp8 import reference  # noqa: E402
@@ -91,7 +92,9 @@ def test_qkv_rows_lie_where_megatron_computes_with_them(tmp_path):
         want += [1e4 + group * 32 + i for i in range(32)]
         want += [2e4 + group * 32 + i for i in range(32)]
     assert fused.tolist() == want
-    assert all(torch.equal(a, b) for a, b in zip(mapping.split_qkv(fused, arch), (q, k, v)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(mapping.split_qkv(fused, arch), (q, k, v), strict=True)
+    )
 
 
 @pytest.mark.parametrize("scale_format", ["e8m0", "fp32"])
@@ -104,7 +107,10 @@ def test_fp8_folder(model, tmp_path, scale_format):
     rule = {"e8m0": "power_of_two", "fp32": "float32"}[scale_format]
     cast = set()
     for name, value in source.items():
-        if name.split(".")[-2] not in "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split():
+        if (
+            name.split(".")[-2]
+            not in "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+        ):
             assert same_bits(got[name], value), name
         elif name.endswith(".bias"):
             assert same_bits(got[name], value), name
@@ -161,7 +167,7 @@ def test_a_broken_model_is_not_cast(tmp_path, value):
     from safetensors.torch import save_file
 
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="layers.1.mlp.down_proj.weight holds NaN or infinity"):
+    with pytest.raises(UserError, match=r"layers\.1.mlp.down_proj.weight holds NaN or infinity"):
         fp8.hf_to_fp8(folder, tmp_path / "fp8")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
@@ -174,7 +180,7 @@ def trained(path: Path, source: Path, main_params: str | None, seed: int = 1):
     folder = huggingface.open_folder(source)
     arch = architecture.from_config(folder.config, "config.json")
     path.mkdir()
-    writer = torch_dist.TorchDistWriter(path / "iter_0000007")
+    writer = torch_dist_writer.TorchDistWriter(path / "iter_0000007")
     generator = torch.Generator().manual_seed(seed)
     main = {}
     for unit in mapping.units(arch):
@@ -328,10 +334,14 @@ def flatten_optimizer(folder: Path, monkeypatch) -> None:
             entry = metadata.state_dict_metadata[name]
             for key in [k for k in metadata.storage_data if k.fqn == name]:
                 del metadata.storage_data[key]
-            sizes = [n // c for n, c in zip(whole.shape, cut)]
+            sizes = [n // c for n, c in zip(whole.shape, cut, strict=True)]
             count, chunks = math.prod(sizes), []
-            for at in torch.cartesian_prod(*(torch.arange(c) for c in cut)).reshape(-1, len(cut)).tolist():
-                box = whole[tuple(slice(i * n, (i + 1) * n) for i, n in zip(at, sizes))].reshape(-1)
+            for at in (
+                torch.cartesian_prod(*(torch.arange(c) for c in cut)).reshape(-1, len(cut)).tolist()
+            ):
+                box = whole[
+                    tuple(slice(i * n, (i + 1) * n) for i, n in zip(at, sizes, strict=True))
+                ].reshape(-1)
                 seam = count // 3  # two ranks, unequal shares
                 for lo, hi in ((0, seam), (seam, count)):
                     offsets, shape = torch.Size([*at, lo]), torch.Size([*[1] * len(at), hi - lo])
@@ -357,7 +367,7 @@ def test_layers_stored_by_number(tmp_path):
     for mixed in (False, True):
         path = tmp_path / f"numbered {mixed}"
         path.mkdir()
-        writer = torch_dist.TorchDistWriter(path / "release")
+        writer = torch_dist_writer.TorchDistWriter(path / "release")
         for unit in mapping.units(arch):
             value = unit.row.layout.join([folder.read(n) for n in unit.hf], arch)
             if mixed and "linear_fc2" in unit.megatron:
@@ -369,7 +379,7 @@ def test_layers_stored_by_number(tmp_path):
         (path / "latest_checkpointed_iteration.txt").write_text("release")
     megatron.megatron_to_hf(tmp_path / "numbered False", tmp_path / "back", source)
     assert compare.compare(source, tmp_path / "back").passes(bitwise=True)
-    with pytest.raises(UserError, match="both stacked .* and by number"):
+    with pytest.raises(UserError, match=r"both stacked .* and by number"):
         megatron.megatron_to_hf(tmp_path / "numbered True", tmp_path / "no", source)
 
 
@@ -378,7 +388,7 @@ def test_vocabulary_padding_is_cut(tmp_path):
     folder = huggingface.open_folder(source)
     arch = architecture.from_config(folder.config, "config.json")
     (tmp_path / "padded").mkdir()
-    writer = torch_dist.TorchDistWriter(tmp_path / "padded" / "iter_0000001")
+    writer = torch_dist_writer.TorchDistWriter(tmp_path / "padded" / "iter_0000001")
     for unit in mapping.units(arch):
         value = unit.row.layout.join([folder.read(n) for n in unit.hf], arch)
         if unit.row.layout is mapping.VOCABULARY:
@@ -401,5 +411,5 @@ def test_verify_measures(tmp_path):
     assert result.passes(min_sqnr=25) and not result.passes(min_sqnr=60)
     assert "12 of 26 tensors are equal" in result.summary()[0]
     other = hf_models.make(tmp_path / "b", hf_models.ALIGNED | hf_models.UNTIED)
-    with pytest.raises(UserError, match="lm_head.weight is in .*b and not in .*a"):
+    with pytest.raises(UserError, match=r"lm_head.weight is in .*b and not in .*a"):
         compare.compare(a, other)

@@ -164,7 +164,10 @@ def test_unknown_missing_and_misshapen_tensors(convert, hf, checkpoint, tmp_path
     [
         ({"rope_theta": 10000.0}, "rotary_base is 1000000 in the checkpoint, 10000"),
         ({"rms_norm_eps": 1e-5}, "norm_epsilon is 1e-06"),
-        ({"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256}, "num_attention_heads"),
+        (
+            {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256},
+            "num_attention_heads",
+        ),
         ({"tie_word_embeddings": False}, "untie_embeddings_and_output_weights is False"),
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; known: qwen2"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -205,7 +208,9 @@ def test_already_fp8(convert, hf, tmp_path):
     assert "quantized already" in convert("hf-to-fp8", tmp_path / "fp8", tmp_path / "out")
     assert "fp8-to-hf" in convert("hf-to-megatron", tmp_path / "fp8", tmp_path / "out")
     assert "is not quantized" in convert("fp8-to-hf", hf, tmp_path / "out")
-    assert "choose e8m0 or fp32" in convert("hf-to-fp8", hf, tmp_path / "out", "--scale-format", "bf16")
+    assert "choose e8m0 or fp32" in convert(
+        "hf-to-fp8", hf, tmp_path / "out", "--scale-format", "bf16"
+    )
     change_weights(
         tmp_path / "fp8",
         lambda s: [s.update({n: s[n].half()}) for n in list(s) if n.endswith("scale_inv")],
@@ -469,7 +474,9 @@ def test_memory_is_below_two_shards(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         grew = int(done.stdout.split()[-1])
-        print(f"{action}: {grew / 1e6:.0f} MB, shard {shard / 1e6:.0f} MB, model {total / 1e6:.0f} MB")
+        print(
+            f"{action}: {grew / 1e6:.0f} MB, shard {shard / 1e6:.0f} MB, model {total / 1e6:.0f} MB"
+        )
         assert grew < 2 * shard, action
 
 

@@ -35,7 +35,7 @@ def stored(folder: Path) -> dict[str, tuple[str, list[int]]]:
     found = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
+            for name in tensors.keys():
                 piece = tensors.get_slice(name)
                 found[name] = (piece.get_dtype(), piece.get_shape())
     return found
