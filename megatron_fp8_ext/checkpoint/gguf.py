@@ -75,7 +75,12 @@ def _load(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     settings["dtype"] = "bfloat16"
     # GGUF stores it as FP32: 1e-05 comes back as 9.999999747378752e-06.
     settings["rms_norm_eps"] = float(f"{settings['rms_norm_eps']:g}")
-    for name in ("_name_or_path", "_model_name_or_path", "transformers_version"):
+    for name in (
+        "quantization_config",
+        "_name_or_path",
+        "_model_name_or_path",
+        "transformers_version",
+    ):
         settings.pop(name, None)
     return settings, dict(model.state_dict())
 

@@ -1,4 +1,4 @@
-"""`megatron-fp8 convert demo`: a released model -> Megatron -> CPT in infir2 -> Hugging Face -> FP8 -> text."""
+"""`convert demo`: a released model -> Megatron -> CPT in infir2 -> Hugging Face -> FP8 -> text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from typing import Any
 from rich.console import Console
 
 from megatron_fp8_ext import training_log
-from megatron_fp8_ext.checkpoint import architecture, compare, fp8, gguf, huggingface, logits, megatron
+from megatron_fp8_ext.checkpoint import (
+    architecture,
+    compare,
+    fp8,
+    gguf,
+    huggingface,
+    logits,
+    megatron,
+)
 from megatron_fp8_ext.demo import run, text
 from megatron_fp8_ext.errors import UserError
 
@@ -69,7 +77,9 @@ def main(output: Path, iterations: int) -> None:
     folder = huggingface.open_folder(output / "fp8")
     share = fp8.fp8_share(folder, architecture.from_config(folder.config, str(folder.path)))
     worst = min(row.sqnr_db for row in compare.compare(output / "hf", output / "fp8").rows)
-    console.print(f"  {share:.0%} of linear weights in FP8, lowest SQNR {worst:.1f} dB", style="dim")
+    console.print(
+        f"  {share:.0%} of linear weights in FP8, lowest SQNR {worst:.1f} dB", style="dim"
+    )
     console.print(f"\n{QUESTION}")
     for what, path in (("trained, BF16", output / "hf"), ("trained, FP8", output / "fp8-values")):
         console.print(f"[bold]{what}:[/] {generate(path, QUESTION)}", soft_wrap=True)

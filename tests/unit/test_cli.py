@@ -33,6 +33,7 @@ def cli(*argv: str, **env: str):
         ["--help"], ["--version"], ["list"], ["list", "losses"], ["show", "infir2"],
         ["expand", "--", "--bf16", "--use-distributed-optimizer", "--fp8-recipe", "infir2"],
         ["data", "tokenize", "--help"],
+        ["convert", "--help"], ["convert", "verify", "--help"],
     ],
     ids=" ".join,
 )  # fmt: skip
