@@ -23,7 +23,15 @@ pytest.importorskip("safetensors")
 
 import emulated_reference  # noqa: E402
 
-from megatron_fp8_ext.checkpoint import compare, fp8, gguf, huggingface, megatron  # noqa: E402
+from megatron_fp8_ext.checkpoint import (  # noqa: E402
+    architecture,
+    compare,
+    fp8,
+    gguf,
+    huggingface,
+    logits,
+    megatron,
+)
 from megatron_fp8_ext.fp8 import reference  # noqa: E402
 
 STEP = (
@@ -69,18 +77,27 @@ def prepare(where: Path, source: Path, tokens):
     return source, where / "megatron", report.notes[0].split(), tokens
 
 
-def train(model, recipe: str, *flags: str, tp: int = 1, load: Path | None = None, script=ENTRY):
+def train(
+    model,
+    recipe: str,
+    *flags: str,
+    tp: int = 1,
+    pp: int = 1,
+    load: Path | None = None,
+    script=ENTRY,
+):
     """Train from a converted model with exactly the flags the conversion printed."""
     _, checkpoint, architecture, tokens = model
     launcher = [sys.executable]
-    if tp > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(tp),
+    if tp * pp > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(tp * pp),
                      "--master-port", str(free_port())]  # fmt: skip
     where = checkpoint.parent
     outcome = run([
         *launcher, str(script), *architecture, *STEP, "--seq-length", str(len(tokens)),
         "--data-path", str(where / "text"), "--data-cache-path", str(where / "cache"),
-        "--tensor-model-parallel-size", str(tp), "--fp8-recipe", recipe,
+        "--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp),
+        "--fp8-recipe", recipe,
         "--load", str(load or checkpoint), *(flags or ("--train-iters", "1")),
     ])  # fmt: skip
     assert outcome.code == 0, outcome.output[-6000:]
@@ -177,6 +194,17 @@ def test_exported_codes_are_bitwise_those_of_training(qwen, trained, tmp_path):
             assert torch.equal(torch.cat(scales), want_scales)
 
 
+def test_what_two_pipeline_stages_save_is_what_they_loaded(qwen, tmp_path):
+    """With a learning rate of zero, Hugging Face -> training -> Hugging Face changes no bit."""
+    train(qwen, "infir2", "--train-iters", "1", "--lr", "0", "--min-lr", "0", "--save",
+          str(tmp_path / "save"), "--dist-ckpt-optim-fully-reshardable", pp=2)  # fmt: skip
+    for main in (True, False):
+        megatron.megatron_to_hf(
+            tmp_path / "save", tmp_path / f"hf {main}", qwen[0], use_main_params=main
+        )
+        assert compare.compare(qwen[0], tmp_path / f"hf {main}").passes(bitwise=True)
+
+
 def test_model_weights_and_main_parameters_agree_where_nothing_was_gathered_in_fp8(
     qwen, trained, tmp_path
 ):
@@ -207,6 +235,10 @@ def test_transformers_loads_the_fp8_folder(qwen, trained, tmp_path):
     tokens = qwen[3][None, :64]
     with torch.no_grad():
         assert torch.equal(theirs(tokens).logits, ours(tokens).logits)
+        # `verify --prompt` fills a model by itself, from the FP8 folder.
+        assert torch.equal(
+            logits.load_model(tmp_path / "fp8", ())(tokens).logits, ours(tokens).logits
+        )
     # And what it computes is close to the BF16 model, not to noise.
     bf16 = auto.from_pretrained(tmp_path / "bf16", dtype=torch.bfloat16)
     with torch.no_grad():
@@ -224,8 +256,6 @@ def test_smollm_round_trip_and_answers(smollm, tmp_path):
     ).read_bytes()
     fp8.hf_to_fp8(tmp_path / "back", tmp_path / "fp8")
     folder = huggingface.open_folder(tmp_path / "fp8")
-    from megatron_fp8_ext.checkpoint import architecture, logits
-
     arch = architecture.from_config(folder.config, "config.json")
     assert fp8.fp8_share(folder, arch) >= 0.95
     fp8.fp8_to_hf(tmp_path / "fp8", tmp_path / "deq")
