@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fp8_ext import __version__, presets, registry
-from megatron_fp8_ext.commands import bench, compare, data, demo, evaluate, rl, schedule
+from megatron_fp8_ext.commands import bench, compare, convert, data, demo, evaluate, rl, schedule
 from megatron_fp8_ext.commands import run as run_command
 from megatron_fp8_ext.errors import UserError, unknown_name
 
@@ -33,6 +33,7 @@ app.add_typer(rl.app, name="rl")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(demo.app, name="demo")
+app.add_typer(convert.app, name="convert")
 _out = Console()
 
 

@@ -1,1 +1,15 @@
-"""Reading checkpoints safely: never by an unrestricted unpickler, and without importing torch."""
+"""Checkpoints: read safely, converted exactly, written at once or not at all.
+
+layout        what a Megatron checkpoint contains, from its index alone (no torch)
+safe_pickle   the unpicklers: plain data out, nothing executed
+torch_dist    Megatron's `torch_dist` format: stream tensors out of one (torch_dist_writer: write one)
+safetensors   the safetensors format, tensor by tensor
+huggingface   a Hugging Face folder: configuration, shards, everything else
+architecture  config.json -> what Megatron must be told
+mapping       the table of names between the two
+megatron      Megatron -> Hugging Face and back
+fp8           block-scaled E4M3 for serving, and back
+gguf          a GGUF file as a Hugging Face folder
+compare       two checkpoints, tensor by tensor; their logits on a prompt
+output        a folder that appears complete or not at all
+"""

@@ -1,18 +1,16 @@
 """What a Megatron checkpoint contains, from its index alone: tensor shapes and optimizer layout.
 
-The index of a `torch_dist` checkpoint (`.metadata`) is a pickle. It is read by an unpickler that knows
-the handful of names such an index consists of, turns each into plain data, and refuses any other.
+The index of a `torch_dist` checkpoint (`.metadata`) is a pickle; `safe_pickle` reads it as plain data.
 """
 
 from __future__ import annotations
 
 import functools
-import pickle
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from megatron_fp8_ext.checkpoint.safe_pickle import IndexUnpickler
 from megatron_fp8_ext.errors import UserError
 
 OptimizerLayout = Literal["none", "plain", "whole buffers", "by parameter", "unknown"]
@@ -38,54 +36,6 @@ class CheckpointLayout:
     shapes: dict[str, tuple[int, ...]]
     optimizer: OptimizerLayout
     fp8_params: bool = False
-
-
-class Record:
-    """Stand-in for a class of a checkpoint: holds its state as attributes, runs nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-class _Size(tuple[int, ...]):
-    """Stand-in for torch.Size."""
-
-
-def _nothing(*args: Any) -> None:
-    return None
-
-
-_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.distributed.checkpoint.planner",
-    "megatron.core.dist_checkpointing.strategies.torch",
-)
-_TORCH_DTYPE = re.compile(r"(bfloat|float|int|uint|bool|complex)\d*(_e\d+m\d+\w*)?")
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module in _MODULES and re.fullmatch(r"[A-Za-z_.]+", name):
-            return Record
-        if (module, name) == ("torch", "Size"):
-            return _Size
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return _nothing
-        if module == "torch" and _TORCH_DTYPE.fullmatch(name):
-            return name
-        if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
-            return dict
-        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "Path"):
-            return Record
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint index")
 
 
 def find(load: str, step: str | None = None) -> CheckpointLayout | None:
@@ -154,7 +104,7 @@ def load_index(folder: Path) -> Index:
 def _load_index(path: Path, modified: int, size: int) -> Index:
     try:
         with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
+            index = IndexUnpickler(file).load()
         entries = {
             name: tuple(int(n) for n in entry.size) if hasattr(entry, "size") else None
             for name, entry in index.state_dict_metadata.items()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_fp8_ext.checkpoint import layout
+from megatron_fp8_ext.checkpoint.safe_pickle import Record
 from megatron_fp8_ext.errors import UserError
 
 _LIMIT = 256 << 20  # bytes; a real one has tens of kilobytes
@@ -37,7 +38,7 @@ class TrainingState:
     scheduler: Mapping[str, Any]
 
 
-class _Inert(layout.Record):
+class _Inert(Record):
     """Stand-in that also swallows what a pickle puts into containers."""
 
     def __setitem__(self, key: Any, value: Any) -> None:

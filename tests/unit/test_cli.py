@@ -36,6 +36,7 @@ def cli(*argv: str, **env: str):
         ["list", "presets"], ["show", "qwen2.5-7b-cpt"],
         ["run", "qwen2.5-7b-cpt", "--dry-run"], ["run", "qwen2.5-7b-rl-stage1", "--dry-run"],
         ["eval", "aime24", "--model", ".", "--dry-run"],
+        ["convert", "--help"], ["convert", "verify", "--help"],
     ],
     ids=" ".join,
 )  # fmt: skip

@@ -1,0 +1,137 @@
+"""Unpicklers that return plain data and run nothing.
+
+A pickle names the functions it wants called. Here each name is looked up in a short list: what an index
+or a checkpoint's common state consists of becomes an inert `Record` (or a plain dict, tuple, string), and
+any other name is refused by name. No class of Megatron or torch is imported to read one.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from typing import IO, Any
+
+
+class Record:
+    """Stand-in for an object of any class: holds its state, runs nothing.
+
+    Attributes:
+        args: what its constructor would have been called with.
+        state: the state that is not a dict of attributes; None otherwise.
+    """
+
+    state: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.state = state
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class Size(tuple[int, ...]):
+    """Stand-in for torch.Size."""
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+_TORCH_DTYPE = re.compile(r"(bfloat|float|int|uint|bool|complex)\d*(_e\d+m\d+\w*)?")
+_INDEX_MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.planner",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
+_PLAIN = {
+    ("torch", "Size"): Size,
+    ("torch.serialization", "_get_layout"): _nothing,
+    ("collections", "OrderedDict"): dict,
+    ("builtins", "dict"): dict,
+    ("builtins", "set"): set,
+}
+_PATHS = {("pathlib", "PosixPath"), ("pathlib", "Path"), ("pathlib._local", "PosixPath")}
+# Of Megatron's arguments and optimizer settings: enumerations, numpy scalars, tensors (not read).
+_COMMON = {
+    ("argparse", "Namespace"),
+    ("types", "SimpleNamespace"),
+    ("signal", "Signals"),
+    ("io", "BytesIO"),
+    ("_io", "BytesIO"),
+    ("_codecs", "encode"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core")
+      for name in ("scalar", "_reconstruct")),
+}  # fmt: skip
+_STORAGE = re.compile(r"[A-Z][A-Za-z0-9]*Storage")
+
+
+class _Unpickler(pickle.Unpickler):
+    what = ""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PLAIN:
+            return _PLAIN[module, name]
+        if module == "torch" and _TORCH_DTYPE.fullmatch(name):
+            return name
+        if (module, name) in _PATHS or self.knows(module, name):
+            return Record
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in {self.what}")
+
+    def knows(self, module: str, name: str) -> bool:
+        """Whether the name belongs to this kind of file, as an inert record."""
+        return False
+
+
+class IndexUnpickler(_Unpickler):
+    """For `.metadata`, the index of a `torch_dist` checkpoint."""
+
+    what = "a checkpoint index"
+
+    def knows(self, module: str, name: str) -> bool:
+        """The classes torch's distributed checkpoints and Megatron's planner write."""
+        return module in _INDEX_MODULES and re.fullmatch(r"[A-Za-z_.]+", name) is not None
+
+
+class _CommonUnpickler(_Unpickler):
+    what = "the common state of a checkpoint"
+
+    def knows(self, module: str, name: str) -> bool:
+        """Megatron's enumerations and settings; tensors are left unread."""
+        if module == "torch" and _STORAGE.fullmatch(name):
+            return True
+        return (module, name) in _COMMON or module.startswith("megatron.")
+
+    def persistent_load(self, pid: Any) -> Record:
+        """A tensor's storage: not read."""
+        return Record(pid)
+
+
+def load_common(file: IO[bytes]) -> Any:
+    """Return the object in a file that `torch.save` wrote, as plain data and `Record`s.
+
+    Args:
+        file: seekable; `common.pt`, or the bytes of `common_state`.
+
+    Raises:
+        pickle.UnpicklingError: it names something that a common state does not consist of.
+        zipfile.BadZipFile: damaged, or written in torch's format before 1.6.
+        ValueError: no pickle in it.
+    """
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(names) != 1:
+            raise ValueError("not a file of torch.save: no data.pkl in it")
+        with archive.open(names[0]) as pickled:
+            return _CommonUnpickler(pickled).load()
