@@ -277,7 +277,16 @@ def cast_128x128(
     columns: bool = True,
     warps: int = WARPS,
 ) -> BlockCast:
-    """Cast a weight `[N, K]`: one set of codes, as it is (fprop) and transposed (dgrad)."""
+    """Cast a weight `[N, K]`: one set of codes, as it is (fprop) and transposed (dgrad).
+
+    BF16 alone: training rounds its FP32 main weights to BF16 before it casts them, and compiled for
+    an H200 this kernel does not equal the specification on FP32 input (docs/performance.md).
+
+    Raises:
+        ValueError: the weight is not a contiguous BF16 matrix, or neither use is wanted.
+    """
+    if weight.dtype != torch.bfloat16:
+        raise ValueError(f"weights are cast from bf16, as training casts them, not {weight.dtype}")
     return _cast(weight, scale_format, (rows, columns), True, warps)
 
 
