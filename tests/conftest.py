@@ -81,8 +81,9 @@ def run(argv: list[str], timeout: int = 400, **env: str) -> Outcome:
     path = os.pathsep.join(filter(None, (str(ROOT), clean.get("PYTHONPATH"))))
     clean |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
     done = subprocess.run(
-        argv, capture_output=True, text=True, errors="replace", timeout=timeout, env=clean, cwd="/"
-    )
+        argv, capture_output=True, text=True, errors="replace", timeout=timeout, env=clean, cwd="/",
+        start_new_session=True,
+    )  # fmt: skip
     output = done.stdout + done.stderr
     return Outcome(done.returncode, output, list(training_log.parse(done.stdout.splitlines())))
 

@@ -48,6 +48,26 @@ def rng_tracker_on_cpu(module: ModuleType) -> None:
     module._set_cuda_rng_state = set_state  # type: ignore[attr-defined]
 
 
+def data_apart_from_dropout(module: ModuleType) -> None:
+    """Building the data leaves the random state as it was.
+
+    A data loader draws a seed from the CPU's generator, and does so after a checkpoint has restored
+    that. On a GPU dropout has a generator of its own; here it is the same one, and a resumed run
+    would drop other values than the uninterrupted one.
+    """
+    original = module.build_train_valid_test_data_iterators
+
+    @functools.wraps(original)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        state = torch.get_rng_state()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            torch.set_rng_state(state)
+
+    module.build_train_valid_test_data_iterators = build  # type: ignore[attr-defined]
+
+
 def norm_under_sequence_parallel(module: ModuleType) -> None:
     """torch's norm, marked so that its gradient is summed over the tensor-parallel ranks.
 

@@ -257,6 +257,15 @@ PATCHES: tuple[Patch, ...] = (
         apply=_cpu("rng_tracker_on_cpu"),
     ),
     Patch(
+        module="megatron.training.training",
+        symbol="build_train_valid_test_data_iterators",
+        reason="the data loader's seed and dropout share the CPU's generator; a resume must be exact",
+        versions="0.17-0.19",
+        delete_when="never: on a GPU they do not share it",
+        when="cpu",
+        apply=_cpu("data_apart_from_dropout"),
+    ),
+    Patch(
         module="megatron.core.transformer.torch_norm",
         symbol="WrappedTorchNorm",
         reason="torch's norm under sequence parallel, marked for gradient reduction",
