@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.megatron_plugin import run
 from megatron_fp8_ext.megatron_plugin.packed_data import pack_multiple
 from megatron_fp8_ext.sft.shards import SampleShards, fingerprint
 
@@ -38,6 +40,28 @@ def check(args: Any, own_script: bool) -> None:
     _capacity(args)
     if args.sft_epochs is not None:
         _epochs(args, data)
+
+
+def resume_on_the_same_data(module: ModuleType) -> None:
+    """Stop a run that would continue the sample count of a checkpoint on other samples."""
+    original = module.check_checkpoint_args
+
+    def check_checkpoint_args(stored: Any, *args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        ours = (get_args().sft_fingerprint, get_args().seed, get_args().pack_scope)
+        theirs = tuple(getattr(stored, n, None) for n in ("sft_fingerprint", "seed", "pack_scope"))
+        if getattr(stored, "consumed_train_samples", 0) and ours != theirs:
+            what = "other samples" if ours[0] != theirs[0] else "another --seed or --pack-scope"
+            raise run.stop(
+                UserError(
+                    f"--load: the checkpoint was trained on {what}, so its place in them means nothing "
+                    "here; add --finetune to start this data from its weights"
+                )
+            )
+        return original(stored, *args, **kwargs)
+
+    module.check_checkpoint_args = check_checkpoint_args  # type: ignore[attr-defined]
 
 
 def _open(flag: str, folder: str, args: Any) -> SampleShards:

@@ -101,6 +101,12 @@ def _packed(module: ModuleType) -> None:
     packed_data.microbatches_of_the_step(module)
 
 
+def _same_data(module: ModuleType) -> None:
+    from megatron_fp8_ext.megatron_plugin import packed_checks
+
+    packed_checks.resume_on_the_same_data(module)
+
+
 def _packed_attention(module: ModuleType) -> None:
     from megatron_fp8_ext.megatron_plugin import packed_attention
 
@@ -210,6 +216,15 @@ PATCHES: tuple[Patch, ...] = (
         delete_when="Megatron's own packing scheduler is wired and takes a data set of ours",
         when="packed",
         apply=_packed,
+    ),
+    Patch(
+        module="megatron.training.checkpointing",
+        symbol="check_checkpoint_args",
+        reason="a run resumed on other samples would silently start in the middle of them",
+        versions="0.17-0.19",
+        delete_when="Megatron compares data sets on resume",
+        when="packed",
+        apply=_same_data,
     ),
     Patch(
         module="megatron.core.transformer.dot_product_attention",

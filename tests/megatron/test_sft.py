@@ -156,6 +156,14 @@ def test_epoch_scope_trains_on_packs(sft):
     assert "counts packs" in outcome.output and outcome.losses[6] < outcome.losses[1]
 
 
+def test_another_seed_may_not_continue_but_a_new_stage_may_start(sft, start):
+    folder, _, _ = start
+    refused = sft("--load", folder, "--seed", "7", ok=False)
+    assert refused.code != 0 and "add --finetune" in refused.said[-1] and not refused.iterations
+    stage = sft("--load", folder, "--seed", "7", "--finetune", "--train-iters", "2")
+    assert sorted(stage.losses) == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
