@@ -1,6 +1,6 @@
 # make demo   train a small GPT on real text, BF16 against infir2 (about 10 minutes on 2 cores)
 # make demo-sft  packed SFT on a generated reasoning set, BF16 against infir2
-# make demo-convert   a released model -> Megatron -> CPT -> Hugging Face -> FP8 -> text (about 2 minutes)
+# make demo-convert   a released model -> Megatron -> CPT -> Hugging Face -> FP8 -> text
 # make test   set up and run every check: ruff, mypy, import-linter, pytest
 # Both find a Python 3.12 or 3.13 by themselves and build .venv once; PYTHON=... overrides.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,8 +53,10 @@ def main(output: Path, iterations: int) -> None:
 
     def step(what: str, action: Callable[[], Any]) -> Any:
         start = time.monotonic()
-        with console.status(what):
-            result = action()
+        with console.status(what), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Megatron warns of what it does not find on a CPU
+            with contextlib.redirect_stderr(io.StringIO()):  # bars of transformers' own
+                result = action()
         console.print(f"{what} ({time.monotonic() - start:.0f} s)", soft_wrap=True)
         for note in getattr(result, "notes", ()):
             console.print(f"  {note}", soft_wrap=True, style="dim")
@@ -67,7 +72,7 @@ def main(output: Path, iterations: int) -> None:
         f"3. {iterations} iterations of continual pre-training with --fp8-recipe infir2",
         lambda: _train(output, iterations),
     )
-    console.print(f"  loss {losses[0]:.3f} -> {losses[-1]:.3f}", style="dim")
+    console.print(f"  loss {' '.join(f'{loss:.2f}' for loss in losses)}", style="dim")
     step(
         "4. back to Hugging Face",
         lambda: megatron.megatron_to_hf(trained, output / "hf", released),
