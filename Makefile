@@ -1,4 +1,5 @@
 # make demo   train a small GPT on real text, BF16 against infir2 (about 10 minutes on 2 cores)
+# make demo-schedule   one stable run, three decay branches of it (about 10 minutes on 2 cores)
 # make test   set up and run every check: ruff, mypy, import-linter, pytest
 # Both find a Python 3.12 or 3.13 by themselves and build .venv once; PYTHON=... overrides.
 
@@ -6,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SITES := .cache
 
-.PHONY: demo test lint env clean
+.PHONY: demo demo-schedule test lint env clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +20,9 @@ env: $(VENV)/.ready
 
 demo: env
 	@$(BIN)/megatron-fp8 demo
+
+demo-schedule: env
+	@$(BIN)/megatron-fp8 demo schedule
 
 lint: env
 	$(BIN)/ruff check .

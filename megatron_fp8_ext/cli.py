@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fp8_ext import __version__, registry
-from megatron_fp8_ext.commands import data, schedule
+from megatron_fp8_ext.commands import data, demo, schedule
 from megatron_fp8_ext.errors import UserError, unknown_name
 
 app = typer.Typer(
@@ -22,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data.app, name="data")
+app.add_typer(demo.app, name="demo")
 app.add_typer(schedule.app, name="schedule")
 _out = Console()
 
@@ -112,19 +112,6 @@ def doctor() -> None:
     _out.print(seams)
     if any(finding.level == "fail" for finding in findings):
         raise typer.Exit(1)
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="folder for corpus, logs, checkpoints, page")] = Path(
-        "runs/demo"
-    ),
-    iterations: Annotated[int, typer.Option(help="iterations of each of the two runs")] = 240,
-) -> None:
-    """Train a small GPT on real text in BF16 and in infir2, from the same start, and compare."""
-    from megatron_fp8_ext.demo import run
-
-    run.main(output, iterations)
 
 
 @app.callback(invoke_without_command=True)

@@ -90,24 +90,25 @@ def main(output: Path, iterations: int) -> None:
     from megatron_fp8_ext.demo import page  # before training: a missing package should cost nothing
 
     console = Console()
-    data = _corpus(output / "corpus" / "text", console)
+    data = corpus(output / "corpus" / "text", console)
     results = [_train(recipe, data, output, iterations, console) for recipe in RECIPES]
     _table(results, console)
     written = page.write(output / "report.html", results)
     console.print(f"page: {written}", soft_wrap=True)
 
 
-def _corpus(prefix: Path, console: Console) -> Path:
+def corpus(prefix: Path, console: Console) -> Path:
+    """Tokenize the demo's text, unless an earlier demo did, and return its `--data-path`."""
     if prefix.with_suffix(".idx").is_file():
         console.print(f"corpus: {prefix} (from an earlier run)", soft_wrap=True)
         return prefix
-    from megatron_fp8_ext.megatron_plugin import corpus
+    from megatron_fp8_ext.megatron_plugin import corpus as writer
 
     tokenizer = text.tokenizer_file()
     with console.status("tokenizing CPython's documentation and library with SmolLM2's tokenizer"):
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")  # Megatron warns of what it does not find on a CPU
-            written = corpus.write_indexed(text.documents(), str(tokenizer), prefix)
+            written = writer.write_indexed(text.documents(), str(tokenizer), prefix)
     console.print(
         f"corpus: {prefix}, {written.documents} documents, {written.tokens:,} tokens",
         soft_wrap=True,
@@ -118,17 +119,37 @@ def _corpus(prefix: Path, console: Console) -> Path:
 def _train(recipe: str, data: Path, output: Path, iterations: int, console: Console) -> Result:
     save, log = output / recipe, output / f"{recipe}.log"
     shutil.rmtree(save, ignore_errors=True)  # an earlier demo's; it starts from scratch
-    found: list[Iteration] = []
     start = time.monotonic()
+    found = follow(recipe, command(recipe, data, save, iterations), log, (0, iterations), console)
+    checkpoint = save / f"iter_{iterations:07d}"
+    return Result(recipe, found, time.monotonic() - start, checkpoint, log)
+
+
+def follow(
+    name: str, argv: Sequence[str], log: Path, span: tuple[int, int], console: Console
+) -> list[Iteration]:
+    """Run a training command, show its progress, and return its iterations.
+
+    Args:
+        name: what the progress bar calls it.
+        argv: the command.
+        log: where its output goes.
+        span: iteration it continues from, and its last one.
+        console: where the bar is drawn.
+
+    Raises:
+        UserError: it stopped early; its last words and its log are named.
+    """
+    found: list[Iteration] = []
     columns = (
         TextColumn("{task.description:>6}"),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    argv = command(recipe, data, save, iterations)
+    first, last = span
     with Progress(*columns, console=console) as bar, log.open("w") as file:
-        task = bar.add_task(recipe, total=iterations, note="starting")
+        task = bar.add_task(name, total=last - first, note="starting")
         process = subprocess.Popen(
             argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
@@ -142,15 +163,14 @@ def _train(recipe: str, data: Path, output: Path, iterations: int, console: Cons
             if iteration is not None:
                 found.append(iteration)
                 shown = "skipped" if iteration.loss is None else f"loss {iteration.loss:.3f}"
-                bar.update(task, completed=iteration.number, note=shown)
+                bar.update(task, completed=iteration.number - first, note=shown)
         code = process.wait()
-    if code != 0 or len(found) != iterations:
+    if code != 0 or len(found) != last - first:
         raise UserError(
-            f"the {recipe} run stopped with exit code {code} after {len(found)} of {iterations} "
+            f"the {name} run stopped with exit code {code} after {len(found)} of {last - first} "
             f"iterations: {_last_words(log)}; the whole log is {log}"
         )
-    checkpoint = save / f"iter_{iterations:07d}"
-    return Result(recipe, found, time.monotonic() - start, checkpoint, log)
+    return found
 
 
 def _last_words(log: Path) -> str:

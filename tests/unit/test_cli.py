@@ -33,6 +33,8 @@ def cli(*argv: str, **env: str):
         ["--help"], ["--version"], ["list"], ["list", "losses"], ["show", "infir2"],
         ["expand", "--", "--bf16", "--use-distributed-optimizer", "--fp8-recipe", "infir2"],
         ["data", "tokenize", "--help"],
+        ["schedule", "plan", "--lr-schedule", "wsd", "--train-iters", "9", "--lr", "1e-3"],
+        ["demo", "--help"], ["demo", "schedule", "--help"],
     ],
     ids=" ".join,
 )  # fmt: skip
