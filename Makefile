@@ -1,6 +1,7 @@
 # make demo   train a small GPT on real text, BF16 against infir2 (about 10 minutes on 2 cores)
 # make demo-sft  packed SFT on a generated reasoning set, BF16 against infir2
 # make demo-convert   a released model -> Megatron -> CPT -> Hugging Face -> FP8 -> text
+# make demo-schedule   one stable run, three decay branches of it (about 10 minutes on 2 cores)
 # make test   set up and run every check: ruff, mypy, import-linter, pytest
 # Both find a Python 3.12 or 3.13 by themselves and build .venv once; PYTHON=... overrides.
 
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SITES := .cache
 
-.PHONY: demo demo-sft demo-convert test lint env clean
+.PHONY: demo demo-sft demo-convert demo-schedule test lint env clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +28,9 @@ demo-sft: env
 
 demo-convert: env
 	@$(BIN)/megatron-fp8 convert demo
+
+demo-schedule: env
+	@$(BIN)/megatron-fp8 demo schedule
 
 lint: env
 	$(BIN)/ruff check .

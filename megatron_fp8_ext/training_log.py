@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|")
+_VALIDATION = re.compile(
+    r"validation loss at iteration (\d+) on validation set \| lm loss value: ([-+.\dEeinfa]+)"
+)
 _FIELD = re.compile(r"([A-Za-z][A-Za-z /()_-]*?):?\s*:\s*([-+.\dEeinfa]+) \|")
 _THROUGHPUT = "throughput per GPU (TFLOP/s/GPU)"
 
@@ -57,6 +60,12 @@ def parse_line(line: str) -> Iteration | None:
         global_batch_size=None if batch is None else int(batch),
         teraflops=None if teraflops is None else float(teraflops),
     )
+
+
+def validation_losses(lines: Iterable[str]) -> dict[int, float]:
+    """Return the LM loss of each validation among `lines`, by iteration."""
+    found = (_VALIDATION.search(line) for line in lines)
+    return {int(match.group(1)): float(match.group(2)) for match in found if match}
 
 
 def parse(lines: Iterable[str]) -> Iterator[Iteration]:

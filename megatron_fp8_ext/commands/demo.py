@@ -1,4 +1,4 @@
-"""`megatron-fp8 demo` and `megatron-fp8 demo sft`: training runs that need nothing but this machine."""
+"""`megatron-fp8 demo ...`: small real training runs, on any machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Train a small GPT in BF16 and in infir2, from the same start, and compare.")
+app = typer.Typer(
+    help="Train a small GPT: BF16 against infir2, packed SFT, or the decay branches of a WSD run."
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -24,6 +26,21 @@ def pretrain(
     from megatron_fp8_ext.demo import run
 
     run.main(output, iterations)
+
+
+@app.command()
+def schedule(
+    output: Annotated[
+        Path, typer.Option(help="folder for corpus, logs, checkpoints, picture")
+    ] = Path("runs/demo-schedule"),
+    iterations: Annotated[
+        int, typer.Option(help="length of the whole run, a multiple of 20")
+    ] = 200,
+) -> None:
+    """Train one stable run and decay the last 5, 10 and 20 % of it, each from a checkpoint of it."""
+    from megatron_fp8_ext.demo import schedule as demo
+
+    demo.main(output, iterations)
 
 
 @app.command()

@@ -37,6 +37,9 @@ def cli(*argv: str, **env: str):
         ["run", "qwen2.5-7b-cpt", "--dry-run"], ["run", "qwen2.5-7b-rl-stage1", "--dry-run"],
         ["eval", "aime24", "--model", ".", "--dry-run"],
         ["convert", "--help"], ["convert", "verify", "--help"],
+        ["data", "tokenize", "--help"],
+        ["schedule", "plan", "--lr-schedule", "wsd", "--train-iters", "9", "--lr", "1e-3"],
+        ["demo", "--help"], ["demo", "schedule", "--help"],
     ],
     ids=" ".join,
 )  # fmt: skip

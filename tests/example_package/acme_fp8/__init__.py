@@ -1,6 +1,10 @@
-"""A stranger's package: one recipe, found through the entry point beside it."""
+"""A stranger's package: one recipe and one schedule, found through the entry points beside it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_fp8_ext.recipe import FP8Recipe
+from megatron_fp8_ext.schedule import WSD, DecayStyle
 
 RECIPE = FP8Recipe(
     name="acme-fp32",
@@ -8,3 +12,12 @@ RECIPE = FP8Recipe(
     scale_format="float32",
     source="tests/example_package",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sqrt(WSD):
+    """Acme: the last fifth decays by 1 - sqrt, unless the command says otherwise."""
+
+    default_decay: ClassVar[float] = 0.2
+
+    decay_style: DecayStyle = "minus_sqrt"
