@@ -2,14 +2,15 @@
 # make demo-sft  packed SFT on a generated reasoning set, BF16 against infir2
 # make demo-convert   a released model -> Megatron -> CPT -> Hugging Face -> FP8 -> text
 # make demo-schedule   one stable run, three decay branches of it (about 10 minutes on 2 cores)
-# make test   set up and run every check: ruff, mypy, import-linter, pytest
+# make test   set up and check: ruff, mypy, import-linter, pytest without the long training tests
+# make test-all   the same with them (about an hour on 2 cores)
 # Both find a Python 3.12 or 3.13 by themselves and build .venv once; PYTHON=... overrides.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 SITES := .cache
 
-.PHONY: demo demo-sft demo-convert demo-schedule test lint env clean
+.PHONY: demo demo-sft demo-convert demo-schedule test test-all lint env clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +40,9 @@ lint: env
 	$(BIN)/lint-imports
 
 test: env lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: env lint
 	$(BIN)/python -m pytest
 
 clean:

@@ -17,7 +17,7 @@ from conftest import ROOT
 from megatron_fp8_ext.checkpoint import sample_plan
 from megatron_fp8_ext.schedule import WSD
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 OBSERVED = Path(__file__).with_name("observed.py")
 SEQ, BATCH = 16, 4
 SMALL = ["--seq-length", str(SEQ), "--max-position-embeddings", str(SEQ), "--split", "100,0,0"]

@@ -12,7 +12,7 @@ import sys
 import pytest
 from conftest import ENTRY, MODEL, TRAINING, run
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 STEPS, SEEDS = 80, (1236, 1237, 1238)
 RECIPES = ("bf16", "infir2", "control-e5m2")
 CLI = [sys.executable, "-m", "megatron_fp8_ext.cli"]

@@ -15,7 +15,7 @@ import numpy
 import pytest
 from conftest import ENTRY, free_port, run
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 transformers = pytest.importorskip("transformers", minversion="5.0")

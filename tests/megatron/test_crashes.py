@@ -14,7 +14,7 @@ import pytest
 
 from megatron_fp8_ext.checkpoint import complete
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 OBSERVED = Path(__file__).with_name("observed.py")
 ITERATIONS, EVERY = 16, 2
 # Dropout needs the random state, Adam its moments.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 DIST = "--use-distributed-optimizer"
 CHUNKED = ("--linear-cross-entropy", "chunked")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TRAINING, run
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 SFT = (
     "--seq-length 256 --max-position-embeddings 512 --micro-batch-size 1 --global-batch-size 8 "
     "--train-iters 6 --lr-decay-style constant"
