@@ -1,5 +1,5 @@
 # make demo   train a small GPT on real text, BF16 against infir2 (about 10 minutes on 2 cores)
-# make demo-schedule   one stable run, three decay branches of it (about 10 minutes on 2 cores)
+# make demo-schedule   one stable run, three decay branches of it
 # make test   set up and run every check: ruff, mypy, import-linter, pytest
 # Both find a Python 3.12 or 3.13 by themselves and build .venv once; PYTHON=... overrides.
 
