@@ -1,9 +1,7 @@
 # make demo   train a small GPT on real text, BF16 against infir2 (about 10 minutes on 2 cores)
 # make demo-sft  packed SFT on a generated reasoning set, BF16 against infir2
 # make demo-convert   a released model -> Megatron -> CPT -> Hugging Face -> FP8 -> text
-# make demo-schedule   one stable run, three decay branches of it (about 10 minutes on 2 cores)
-# make test   set up and check: ruff, mypy, import-linter, pytest without the long training tests
-# make test-all   the same with them (about an hour on 2 cores)
+# make demo-schedule   one stable run, three decay branches of it
 # Both find a Python 3.12 or 3.13 by themselves and build .venv once; PYTHON=... overrides.
 
 VENV ?= .venv

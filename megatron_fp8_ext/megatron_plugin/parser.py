@@ -169,6 +169,9 @@ def _adopt(found: Command, expansion: flags.Expansion, parsed: Any) -> None:
     if branch is not None:
         branches.same_order(branch, parsed)
         branches.enough_data(branch, branch.point.available_samples)
+        if found.choice is not None and found.choice.iteration == branch.end_iteration:
+            run.say(f"the branch in {found.root} is finished, at iteration {branch.end_iteration}")
+            raise SystemExit(0)
     elif found.scheduled.phases is not None and found.layout is not None:
         checks.schedule_continues(parsed, command.state_of(found.layout))
     _write(found, branch)
@@ -197,9 +200,14 @@ def _write(found: Command, branch: Branch | None) -> None:
     """Note a new branch in its folder, and mend a tracker that a killed run left behind."""
     if run.rank() != 0:
         return
-    if branch is not None and not found.started:
-        save = arguments.value(found.scheduled.argv, "--save")
-        assert save is not None
-        branch_folder.write_record(Path(save), branch)
-    if found.root is not None and found.choice is not None and found.choice.repair:
-        complete.repair(found.root, found.choice)
+    try:
+        if branch is not None and not found.started:
+            save = arguments.value(found.scheduled.argv, "--save")
+            assert save is not None
+            branch_folder.write_record(Path(save), branch)
+        if found.root is not None and found.choice is not None and found.choice.repair:
+            complete.repair(found.root, found.choice)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename}: {error.strerror}; mend its rights"
+        ) from error

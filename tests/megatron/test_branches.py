@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,8 +119,23 @@ def test_a_branch_at_the_planned_decay_is_the_run_itself(go, stable, tmp_path):
             assert ours.loss == theirs.loss
     assert sample_plan.read(tmp_path / "branch" / "iter_0000031").planned_samples == 124
     assert not list(folder.glob("*branch*"))
+    again, _ = go(*command)
+    assert "is finished, at iteration 31" in again.said[-1] and not again.iterations
     other, _ = go(*command, "--min-lr", "0", ok=False)
     assert other.code == 2 and "holds the branch with --min-lr 1e-05" in other.said[-1]
+
+
+def test_data_that_ends_too_early_stops_a_branch_of_a_stock_run(go, stable, tmp_path):
+    """Its checkpoint does not say how long the data lasts: that shows when it is built."""
+    stock = tmp_path / "stock" / "iter_0000024"
+    shutil.copytree(stable[0] / stock.name, stock)
+    (stock / sample_plan.FILE).unlink()
+    outcome, _ = go(
+        DIST, "--wsd-decay-from", str(stock), "--wsd-decay-iters", "14", "--save",
+        str(tmp_path / "branch"), ok=False,
+    )  # fmt: skip
+    assert outcome.code == 2 and not outcome.iterations and "Traceback" not in outcome.output
+    assert "ends at 150: decay over at most 13 iterations" in outcome.said[-1]
 
 
 @pytest.mark.parametrize(
