@@ -2,7 +2,9 @@
 # make demo-sft  packed SFT on a generated reasoning set, BF16 against infir2
 # make demo-convert   a released model -> Megatron -> CPT -> Hugging Face -> FP8 -> text
 # make demo-schedule   one stable run, three decay branches of it
-# Both find a Python 3.12 or 3.13 by themselves and build .venv once; PYTHON=... overrides.
+# make test   set up and check: ruff, mypy, import-linter, pytest without the long training tests
+# make test-all   the same with them (about an hour on 2 cores)
+# All find a Python 3.12 or 3.13 by themselves and build .venv once; PYTHON=... overrides.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
