@@ -113,7 +113,7 @@ def _load_index(path: Path, modified: int, size: int) -> Index:
         for key, info in (getattr(index, "storage_data", None) or {}).items():
             name = str(info.relative_path)
             if Path(name).name != name:
-                raise ValueError(f"it names the file {name!r} outside of its folder")
+                raise ValueError(f"it names the file {name!r} outside of the checkpoint folder")
             stored.append((str(key.fqn), Stored(name, int(info.offset), int(info.length))))
     except Exception as error:  # a damaged pickle fails in any way
         raise UserError(f"checkpoint index {path} cannot be read: {error}") from error
