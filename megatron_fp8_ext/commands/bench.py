@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from megatron_fp8_ext.files import write_atomically
 
 app = typer.Typer(help="Measure kernels on this machine's GPU.", no_args_is_help=True)
 
@@ -48,15 +49,6 @@ def kernels(
     text = bench.markdown(record)
     output.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in ((".json", json.dumps(record, indent=1) + "\n"), (".md", text)):
-        _write(output.with_name(output.name + suffix), content)
+        write_atomically(output.with_name(output.name + suffix), content)
     print(text)
     print(f"{output}.json, {output}.md")
-
-
-def _write(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,9 @@ from rich.table import Table
 
 from megatron_fp8_ext.evaluation import benchmarks
 from megatron_fp8_ext.evaluation.compare import Difference
+from megatron_fp8_ext.files import write_atomically
 
 _HEAD = ("benchmark", "questions", "avg@k", "pass@k", "cut", "tokens", "InfiR2-FP8 1.5B / 7B")
-
-
-def write(file: Path, text: str) -> None:
-    """Write a file so that no reader ever sees half of it."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(file)
 
 
 def rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -98,8 +88,8 @@ def markdown(everything: Mapping[str, Any]) -> str:
 
 def save(folder: Path, everything: Mapping[str, Any]) -> None:
     """Write results.json and results.md."""
-    write(folder / "results.json", json.dumps(everything, indent=1) + "\n")
-    write(folder / "results.md", markdown(everything))
+    write_atomically(folder / "results.json", json.dumps(everything, indent=1) + "\n")
+    write_atomically(folder / "results.md", markdown(everything))
 
 
 def differences(found: Sequence[Difference]) -> Table:

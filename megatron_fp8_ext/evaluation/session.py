@@ -22,6 +22,7 @@ from megatron_fp8_ext.evaluation.datasets import Data
 from megatron_fp8_ext.evaluation.evalscope import Settings
 from megatron_fp8_ext.evaluation.process import Guarded
 from megatron_fp8_ext.evaluation.server import Server, ServerSpec
+from megatron_fp8_ext.files import write_atomically
 
 _POLL_S = 0.5
 _LOG_EVERY_S = 60.0
@@ -185,7 +186,7 @@ def _check_manifest(
                 f"--output {request.output} holds an evaluation with another {what} ({old}, now {new}): "
                 "choose another --output, or delete that folder"
             )
-    report.write(file, json.dumps({**earlier, **ours}, indent=1) + "\n")
+    write_atomically(file, json.dumps({**earlier, **ours}, indent=1) + "\n")
 
 
 def _answer(request: Request, part: _Part, server: Server, lock: int, console: Console) -> None:
