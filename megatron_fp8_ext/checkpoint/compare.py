@@ -22,6 +22,7 @@ from megatron_fp8_ext.checkpoint.megatron import MegatronWeights
 from megatron_fp8_ext.checkpoint.report import Progress, meter
 from megatron_fp8_ext.checkpoint.torch_dist import TorchDist, open_checkpoint
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import read_json
 from megatron_fp8_ext.fp8.error import sqnr_db
 
 
@@ -123,7 +124,7 @@ def find_config(paths: Sequence[Path | None]) -> tuple[dict[str, Any] | None, st
     for path in paths:
         if path is not None and (path / "config.json").is_file():
             file = path / "config.json"
-            return huggingface.read_json(file, ""), str(file)
+            return read_json(file, "copy the model again"), str(file)
     return None, ""
 
 

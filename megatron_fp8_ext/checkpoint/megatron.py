@@ -19,6 +19,7 @@ from megatron_fp8_ext.checkpoint.report import Progress, Report, meter
 from megatron_fp8_ext.checkpoint.torch_dist import TorchDist, open_checkpoint
 from megatron_fp8_ext.checkpoint.torch_dist_writer import TorchDistWriter
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import sync
 
 FLAGS_FILE = "megatron_flags.txt"
 BF16 = torch.bfloat16
@@ -311,13 +312,13 @@ def hf_to_megatron(
         ):
             with (partial / file).open("w", encoding="utf-8") as opened:
                 opened.write(text)
-                output.sync(opened)
+                sync(opened)
     return Report(target, len(todo), counter.done, counter.seconds, tuple(notes))
 
 
 def _empty_states(arch: Architecture) -> Iterator[str]:
     """Names TransformerEngine's layers ask for; block scaling keeps nothing in them."""
-    for name in mapping.EXTRA_STATES:
+    for name in mapping.extra_states(arch):
         for layer in range(arch.num_layers):
             yield f"{name}._extra_state/shard_{layer}_{arch.num_layers}"
     yield "decoder.final_layernorm._extra_state/shard_0_1"

@@ -136,14 +136,14 @@ RECORD = """
 import sys, torch
 from megatron_fp8_ext.fp8 import reference
 from megatron_fp8_ext.megatron_plugin.pretrain_gpt import main
-seen, cast = [], reference.quantize_weight
-def record(weight, scale_format):
-    found = cast(weight, scale_format)
-    if len(seen) < 8:
+seen, cast = [], reference.quantize
+def record(matrix, block, scale_format):
+    found = cast(matrix, block, scale_format)
+    if block == (128, 128) and len(seen) < 8:
         seen.append((found.codes.view(torch.uint8), found.scale_inv))
         torch.save(seen, {path!r})
     return found
-reference.quantize_weight = record
+reference.quantize = record
 main()
 """
 
