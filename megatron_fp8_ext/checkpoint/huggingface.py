@@ -41,9 +41,9 @@ class Folder:
     config: dict[str, Any]
     entries: dict[str, Entry]
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor as it is stored."""
-        return safetensors.read(self.entries[name])
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor as it is stored, or a range of its first axis."""
+        return safetensors.read(self.entries[name], rows)
 
     @property
     def quantization(self) -> dict[str, Any] | None:
