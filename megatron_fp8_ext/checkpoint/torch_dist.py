@@ -77,7 +77,22 @@ class TorchDist:
             UserError: a file is missing, truncated or holds something else; a part is not covered.
         """
         stored = self.tensors[name]
-        at = _box(stored.shape, layer)
+        out = self._read_box(stored, _box(stored.shape, layer), dtype)
+        return out[0] if layer is not None else out
+
+    def read_range(
+        self, name: str, start: int, stop: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Return a range of a flat tensor, rounded to `dtype`.
+
+        Raises:
+            UserError: as `read`.
+        """
+        return self._read_box(self.tensors[name], [(start, stop)], dtype)
+
+    def _read_box(
+        self, stored: StoredTensor, at: list[tuple[int, int]], dtype: torch.dtype | None
+    ) -> Tensor:
         out = torch.empty(
             [hi - lo for lo, hi in at], dtype=dtype or getattr(torch, stored.dtype), device="cpu"
         )
@@ -89,10 +104,10 @@ class TorchDist:
                 covered += self._copy_flat(stored, piece, at, out)
         if covered != out.numel():
             raise UserError(
-                f"{self.path}: {name} is stored in pieces that hold {covered} of the {out.numel()} "
+                f"{self.path}: {stored.name} is stored in pieces that hold {covered} of the {out.numel()} "
                 "values read: the checkpoint is incomplete; save it again"
             )
-        return out[0] if layer is not None else out
+        return out
 
     def _copy_box(
         self, stored: StoredTensor, piece: Piece, at: list[tuple[int, int]], out: Tensor
