@@ -109,6 +109,21 @@ def test_too_long_is_dropped_cut_or_refused(tmp_path, chat):
         pack_job.pack([file], chat, tmp_path / "prompt", cut)
 
 
+def test_every_dropped_line_is_listed_in_order(tmp_path, chat, monkeypatch):
+    monkeypatch.setattr(inputs, "_SMALLEST", 2000)
+    files = [
+        write(tmp_path / f"{name}.jsonl", [record(i, 200 if i % 3 else 1) for i in range(30)])
+        for name in ("b", "a")
+    ]
+    index = pack_job.pack(files, chat, tmp_path / "out", options(), workers=2)
+    assert len(index["shards"]) > 5 and index["dropped"] == {"longer than 256 tokens": 40}
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / pack_job.DROPPED).read_text().splitlines()
+    ]
+    want = [(str(file), i + 1) for file in files for i in range(30) if i % 3]
+    assert [(row["file"], row["line"]) for row in rows] == want
+
+
 def test_broken_lines_stop_with_their_number_or_are_counted(tmp_path, chat):
     file = tmp_path / "a.jsonl"
     good = json.dumps(record(1)).encode()
