@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> Path:
-    """Write `text` under a temporary name beside `path`, sync it, rename it, and return `path`."""
+def write_atomically(path: Path, content: str | bytes) -> Path:
+    """Write `content` (text as UTF-8) under a temporary name beside `path`, sync it, rename it.
+
+    Returns `path`.
+    """
+    data = content.encode() if isinstance(content, str) else content
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

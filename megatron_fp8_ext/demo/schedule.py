@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import sys
@@ -13,11 +12,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fp8_ext import training_log
+from megatron_fp8_ext import picture, training_log
 from megatron_fp8_ext.demo import run
 from megatron_fp8_ext.demo.follow import follow
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.schedule_plan import COLOURS
 from megatron_fp8_ext.training_log import Iteration
 
 PARTS = (20, 10, 5)  # per cent of the run that decay
@@ -46,12 +44,7 @@ def main(output: Path, iterations: int) -> None:
     """
     if iterations < 100 or iterations % 20:
         raise UserError(f"--iterations {iterations}: give a multiple of 20, from 100 on")
-    try:
-        import matplotlib  # noqa: F401 - before training: a missing package should cost nothing
-    except ImportError as error:
-        raise UserError(
-            f'the picture needs matplotlib: pip install "megatron-fp8-ext[report]" ({error})'
-        ) from error
+    picture.require("demo schedule")  # before training: a missing package should cost nothing
     console = Console()
     data = run.corpus(output / "corpus" / "text", console)
     starts = [iterations - iterations * part // 100 for part in PARTS]
@@ -60,9 +53,9 @@ def main(output: Path, iterations: int) -> None:
     for part, start in zip(PARTS, starts, strict=True):
         lines.append(_branch(output, data, start, part, iterations, console))
     _table(lines, starts, iterations, console)
-    picture = output / "schedule.svg"
-    draw(picture, lines)
-    console.print(f"picture: {picture}", soft_wrap=True)
+    drawn = output / "schedule.svg"
+    draw(drawn, lines)
+    console.print(f"picture: {drawn}", soft_wrap=True)
 
 
 def _command(data: Path, save: Path, *flags: str) -> list[str]:
@@ -88,9 +81,10 @@ def _stable(
     begin = 0
     for end in (*starts, iterations):
         flags = (
-            f"--lr-schedule wsd --wsd-warmup-fraction 0.1 --train-iters {iterations} --load {save} "
-            f"--exit-interval {end}"
+            f"--lr-schedule wsd --wsd-warmup-fraction 0.1 --train-iters {iterations} --load {save}"
         ).split()
+        if end != iterations:  # Megatron would leave before its last validation
+            flags += ["--exit-interval", str(end)]
         log = output / f"stable-{end}.log"
         found += follow("stable", _command(data, save, *flags), log, (begin, end), console)
         begin = end
@@ -132,16 +126,10 @@ def _table(lines: Sequence[Line], starts: Sequence[int], iterations: int, consol
 
 
 def draw(path: Path, lines: Sequence[Line]) -> None:
-    """Draw learning rates and training losses, by a temporary name and a rename."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.2), layout="tight")
-    rate, loss = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.6))
+    """Draw learning rates and training losses."""
+    figure, (rate, loss) = picture.panels(8, 5.2, (1, 1.6))
     for index, line in enumerate(lines):
-        style = {"color": COLOURS[index], "linewidth": 2.0 if index == 0 else 1.4}
+        style = {"color": picture.COLOURS[index], "linewidth": 2.0 if index == 0 else 1.4}
         x = [i.number for i in line.iterations]
         rate.plot(x, [i.learning_rate for i in line.iterations], label=line.name, **style)
         smooth = _smooth([i.loss for i in (*_before(lines[0], x[0]), *line.iterations)])
@@ -154,15 +142,7 @@ def draw(path: Path, lines: Sequence[Line]) -> None:
     loss.set_xlabel("iteration")
     rate.set_ylabel("learning rate")
     rate.legend(frameon=False, loc="lower center")
-    for axes in (rate, loss):
-        axes.spines[["top", "right"]].set_visible(False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "schedule"}):
-        with partial.open("wb") as file:
-            figure.savefig(file, format="svg", metadata={"Date": None})
-            file.flush()
-            os.fsync(file.fileno())
-    partial.replace(path)
+    picture.write_svg(path, figure)
 
 
 def _before(stable: Line, iteration: int) -> list[Iteration]:
