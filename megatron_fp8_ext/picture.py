@@ -35,12 +35,21 @@ def panels(width: float, height: float, shares: Sequence[float] = (1,)) -> tuple
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="tight")
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(len(shares), 1, sharex=True, height_ratios=shares, squeeze=False)
     found = [row[0] for row in axes]
     for panel in found:
         panel.spines[["top", "right"]].set_visible(False)
     return figure, found
+
+
+def learning_rates(figure: Any, panel: Any) -> None:
+    """Finish a panel of learning rates: its axis, and the figure's legend above everything."""
+    panel.set_ylabel("learning rate")
+    panel.set_ylim(bottom=0)
+    panel.set_xlim(left=0)
+    panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize="small")
 
 
 def write_svg(path: Path, figure: Any) -> None:

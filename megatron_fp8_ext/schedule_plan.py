@@ -187,7 +187,5 @@ def write_svg(path: Path, curves: Sequence[Curve], scale: Scale) -> None:
             linewidth=2.2 if index == 0 else 1.4,
         )
     axes.set_xlabel("samples" if scale.iterations(1) is None else "iteration")
-    axes.set_ylabel("learning rate")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    picture.learning_rates(figure, axes)
     picture.write_svg(path, figure)

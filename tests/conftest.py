@@ -43,6 +43,11 @@ TRAINING = (
     "--split 98,2,0 --eval-iters 0 --eval-interval 1000000 --log-interval 1 --save-interval 1000 "
     "--seed 1236"
 ).split()
+# Flags of TRAINING that a schedule of ours replaces.
+NATIVE_SCHEDULE = tuple(
+    "--train-iters --lr --min-lr --lr-decay-style --lr-wsd-decay-style --lr-wsd-decay-iters "
+    "--lr-warmup-iters".split()
+)
 
 
 @dataclass(frozen=True)

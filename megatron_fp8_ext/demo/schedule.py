@@ -140,8 +140,7 @@ def draw(path: Path, lines: Sequence[Line]) -> None:
     loss.set_ylim(min(half) - 0.1, max(half) + 0.1)
     loss.set_ylabel("LM loss, mean of 8")
     loss.set_xlabel("iteration")
-    rate.set_ylabel("learning rate")
-    rate.legend(frameon=False, loc="lower center")
+    picture.learning_rates(figure, rate)
     picture.write_svg(path, figure)
 
 

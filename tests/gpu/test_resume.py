@@ -10,6 +10,7 @@ import os
 
 import kills
 import pytest
+from conftest import NATIVE_SCHEDULE
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
@@ -23,16 +24,13 @@ FLAGS = (
     "--hidden-dropout 0.1 --lr-schedule wsd --wsd-warmup-iters 2 --wsd-stable-iters 8 "
     "--wsd-decay-iters 6 --lr 1e-3 --min-lr 1e-5 --save-interval 2"
 ).split()
-NATIVE = (
-    "--train-iters --lr --min-lr --lr-decay-style --lr-wsd-decay-style --lr-wsd-decay-iters "
-    "--lr-warmup-iters --save-interval"
-).split()
+NATIVE = (*NATIVE_SCHEDULE, "--save-interval")
 
 
 def test_killed_at_random_moments(train, tmp_path):
     def start(save, kill):
         place = ["--save", str(save), "--load", str(save)]
-        outcome = train(*FLAGS, *place, without=tuple(NATIVE), ok=False, kill=kill)
+        outcome = train(*FLAGS, *place, without=NATIVE, ok=False, kill=kill)
         if outcome.code == 0:
             assert any("weights kept in FP8" in line for line in outcome.said)
         return outcome

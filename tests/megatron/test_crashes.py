@@ -14,6 +14,7 @@ from pathlib import Path
 import kills
 import pytest
 import torch
+from conftest import NATIVE_SCHEDULE
 
 from megatron_fp8_ext.checkpoint import complete
 from megatron_fp8_ext.checkpoint.torch_dist import TorchDist
@@ -26,17 +27,14 @@ COMMAND = (
     "--use-distributed-optimizer --fp8-recipe infir2 --hidden-dropout 0.1 --lr-schedule wsd "
     "--wsd-warmup-iters 2 --wsd-stable-iters 8 --wsd-decay-iters 6 --lr 1e-3 --min-lr 1e-5"
 ).split()
-NATIVE = (
-    "--train-iters --lr --min-lr --lr-decay-style --lr-wsd-decay-style --lr-wsd-decay-iters "
-    "--lr-warmup-iters --save-interval"
-).split()
+NATIVE = (*NATIVE_SCHEDULE, "--save-interval")
 # One save writes: data, index (and its rename), plan (and its rename), metadata.json, tracker.
 WRITES = 7
 
 
 def test_the_same_command_again_after_every_kind_of_kill(train, tmp_path):
     rng = random.Random(int(os.environ.get("MEGATRON_FP8_TEST_SEED", "1")))
-    whole = train(*COMMAND, without=tuple(NATIVE))
+    whole = train(*COMMAND, without=NATIVE)
     anywhere = f"{rng.randint(1, WRITES)}:{rng.choice(('before', 'torn', 'after'))}"
     kills = [
         # what is left behind; how; what the next start continues from, and says
@@ -52,9 +50,7 @@ def test_the_same_command_again_after_every_kind_of_kill(train, tmp_path):
     seen = {}
     begins, expected = 1, None
     for what, environment, continues, says in kills:
-        outcome = train(
-            *COMMAND, *save, script=OBSERVED, without=tuple(NATIVE), ok=False, **environment
-        )
+        outcome = train(*COMMAND, *save, script=OBSERVED, without=NATIVE, ok=False, **environment)
         assert outcome.code == (-9 if environment else 0), (what, outcome.output[-3000:])
         if expected is not None:
             assert any(expected in line for line in outcome.said), what
@@ -96,13 +92,13 @@ def test_random_kills_from_outside(train, tmp_path, what):
 
     def whole_run(save, **options):
         flags = [*COMMAND, *saving, "--save", str(save), "--load", str(save)]
-        return train(*flags, without=tuple(NATIVE), ok=False, **options)
+        return train(*flags, without=NATIVE, ok=False, **options)
 
     def branch(save, **options):
         at = COMMAND.index("--lr-schedule")
         flags = [*COMMAND[:at], *saving, "--wsd-decay-from", str(stable / "iter_0000006")]
         flags += ["--wsd-decay-iters", "8", "--min-lr", "1e-4", "--save", str(save)]
-        return train(*flags, without=tuple(NATIVE), ok=False, **options)
+        return train(*flags, without=NATIVE, ok=False, **options)
 
     command = whole_run
     if what == "branch":
@@ -132,11 +128,11 @@ def test_random_kills_from_outside(train, tmp_path, what):
 @pytest.mark.parametrize("named", ["tracker", "none"])
 def test_what_is_said_of_a_broken_checkpoint(train, tmp_path, named):
     flags = [*COMMAND, "--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2"]
-    train(*flags, "--exit-interval", "4", without=tuple(NATIVE))
+    train(*flags, "--exit-interval", "4", without=NATIVE)
     (tmp_path / "iter_0000004" / "metadata.json").unlink()
     if named == "none":
         (tmp_path / "iter_0000002" / "__0_0.distcp").unlink()
-    outcome = train(*flags, "--exit-interval", "3", without=tuple(NATIVE), ok=False)
+    outcome = train(*flags, "--exit-interval", "3", without=NATIVE, ok=False)
     if named == "tracker":
         assert outcome.code == 0 and [i.number for i in outcome.iterations] == [3]
         assert any(
