@@ -31,12 +31,12 @@ def panels(width: float, height: float, shares: Sequence[float] = (1,)) -> tuple
     Args:
         width: of the figure.
         height: of the figure.
-        shares: height of each panel, relative to the others; they share their x axis.
+        shares: height of each panel, relative to the others.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(len(shares), 1, sharex=True, height_ratios=shares, squeeze=False)
+    axes = figure.subplots(len(shares), 1, height_ratios=shares, squeeze=False)
     found = [row[0] for row in axes]
     for panel in found:
         panel.spines[["top", "right"]].set_visible(False)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_fp8_ext import training_log
 from megatron_fp8_ext.checkpoint import complete, layout
 from megatron_fp8_ext.training_log import Iteration
 
@@ -171,9 +172,8 @@ def differences(outcomes: list, whole: list[Iteration]) -> dict[int, float]:
     digits that the mean hides (1e-6) are no difference.
     """
     wanted = {i.number: i for i in whole}
-    first, second = whole[0].number, whole[1].number
-    alone = {i.number: i.loss for i in whole}
-    alone[second] = 2 * wanted[second].loss - wanted[first].loss
+    second = whole[1].number
+    alone = {i.number: i.loss for i in training_log.own_losses(whole)}
     found: dict[int, float] = {}
     for outcome in outcomes:
         for position, iteration in enumerate(outcome.iterations):

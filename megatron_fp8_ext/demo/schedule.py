@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.training_log import Iteration
 
 PARTS = (20, 10, 5)  # per cent of the run that decay
+WINDOW = 8  # iterations that a drawn loss is the mean of
 VALIDATION = "--eval-iters 40 --eval-interval 1000000".split()
 
 
@@ -86,7 +87,8 @@ def _stable(
         if end != iterations:  # Megatron would leave before its last validation
             flags += ["--exit-interval", str(end)]
         log = output / f"stable-{end}.log"
-        found += follow("stable", _command(data, save, *flags), log, (begin, end), console)
+        part = follow("stable", _command(data, save, *flags), log, (begin, end), console)
+        found += training_log.own_losses(part)
         begin = end
     return Line("stable, no decay", found, _validation(log, iterations))
 
@@ -99,7 +101,8 @@ def _branch(
     checkpoint = output / "stable" / f"iter_{start:07d}"
     flags = f"--wsd-decay-from {checkpoint} --wsd-decay-fraction {part / 100}".split()
     found = follow(f"{part} %", _command(data, save, *flags), log, (start, iterations), console)
-    return Line(f"decay over {part} %", found, _validation(log, iterations))
+    losses = training_log.own_losses(found)
+    return Line(f"decay over {part} %", losses, _validation(log, iterations))
 
 
 def _validation(log: Path, iteration: int) -> float:
@@ -110,9 +113,7 @@ def _validation(log: Path, iteration: int) -> float:
 
 
 def _table(lines: Sequence[Line], starts: Sequence[int], iterations: int, console: Console) -> None:
-    table = Table(
-        "run", "decay", "last learning rate", "training loss", "validation loss", box=None
-    )
+    table = Table("run", "decay", "final rate", "training loss", "validation loss", box=None)
     for line, start in zip(lines, (iterations, *starts), strict=True):
         table.add_row(
             line.name,
@@ -126,28 +127,50 @@ def _table(lines: Sequence[Line], starts: Sequence[int], iterations: int, consol
 
 
 def draw(path: Path, lines: Sequence[Line]) -> None:
-    """Draw learning rates and training losses."""
-    figure, (rate, loss) = picture.panels(8, 5.2, (1, 1.6))
+    """Draw learning rates, training losses, and what each branch gains on the stable run's samples."""
+    figure, (rate, loss, gain) = picture.panels(8, 7, (1, 1, 1.2))
+    stable, *branches = lines
+    last = stable.iterations[-1].number
+    base = {i.number: i for i in stable.iterations}
     for index, line in enumerate(lines):
         style = {"color": picture.COLOURS[index], "linewidth": 2.0 if index == 0 else 1.4}
-        x = [i.number for i in line.iterations]
-        rate.plot(x, [i.learning_rate for i in line.iterations], label=line.name, **style)
-        smooth = _smooth([i.loss for i in (*_before(lines[0], x[0]), *line.iterations)])
-        loss.plot(x, smooth[-len(x) :], **style)
-    last = lines[0].iterations[-1].number
+        # From the point where it leaves the stable run, so that the curves meet.
+        point = [i for i in (base.get(line.iterations[0].number - 1),) if i is not None]
+        iterations = [*point, *line.iterations]
+        x = [i.number for i in iterations]
+        rate.plot(x, [i.learning_rate for i in iterations], label=line.name, **style)
+        smooth = _smooth([*_losses(stable, until=x[0]), *_losses(line, since=x[0])])
+        loss.plot(x, [smooth[n] for n in x], **style)
+        if line in branches:
+            paired = {n: value - base[n].loss for n, value in _losses(line)}  # type: ignore[operator]
+            gains = [0.0] * bool(point) + list(_smooth(paired.items()).values())
+            gain.plot(x, gains, **style)
+    after = [value for n, value in _smooth(_losses(stable)).items() if n > last // 10]
+    loss.set_ylim(min(after) - 0.2, max(after))
     loss.set_xlim(0, last)
-    half = [i.loss for line in lines for i in line.iterations if i.loss and i.number > last // 4]
-    loss.set_ylim(min(half) - 0.1, max(half) + 0.1)
-    loss.set_ylabel("LM loss, mean of 8")
-    loss.set_xlabel("iteration")
+    loss.set_ylabel("LM loss")
+    gain.axhline(0, color=picture.COLOURS[0], linewidth=2.0)
+    gain.set_xlim(branches[0].iterations[0].number - last // 20, last)
+    gain.set_ylabel("LM loss less the stable run's")
+    gain.set_xlabel(f"iteration (losses: mean of {WINDOW})")
     picture.learning_rates(figure, rate)
+    rate.set_xlim(0, last)
     picture.write_svg(path, figure)
 
 
-def _before(stable: Line, iteration: int) -> list[Iteration]:
-    return [i for i in stable.iterations if i.number < iteration]
+def _losses(line: Line, since: int = 0, until: int | None = None) -> list[tuple[int, float]]:
+    """(iteration, loss) of a run after iteration `since`, and up to `until`."""
+    return [
+        (i.number, i.loss)
+        for i in line.iterations
+        if i.loss is not None and i.number > since and (until is None or i.number <= until)
+    ]
 
 
-def _smooth(losses: Sequence[float | None], window: int = 8) -> list[float]:
-    known = [loss for loss in losses if loss is not None]
-    return [statistics.fmean(known[max(i - window + 1, 0) : i + 1]) for i in range(len(known))]
+def _smooth(losses: Iterable[tuple[int, float]]) -> dict[int, float]:
+    """Mean of the last WINDOW losses, by iteration."""
+    numbers, values = zip(*losses, strict=True)
+    return {
+        number: statistics.fmean(values[max(i - WINDOW + 1, 0) : i + 1])
+        for i, number in enumerate(numbers)
+    }
