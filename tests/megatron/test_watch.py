@@ -1,0 +1,137 @@
+"""`megatron-fp8 watch` on what a real Megatron run writes, while it runs and afterwards."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ENTRY, MODEL, ROOT, TRAINING, run
+
+from megatron_fp8_ext.megatron_plugin import arguments
+
+pytestmark = pytest.mark.megatron
+EVENTS = "--log-throughput --log-timers-to-tensorboard --tensorboard-log-interval 1".split()
+
+
+def watch(folder, *flags: str):
+    argv = [sys.executable, "-m", "megatron_fp8_ext.cli", "watch", str(folder), *flags]
+    return run(argv, COLUMNS="80")
+
+
+def figures(frame: str) -> dict[str, str]:
+    """The screen's names and values."""
+    names = (
+        "loss", "learning rate", "gradient norm", "validation", "tokens", "recipe",
+        "tokens/s", "MFU", "TFLOP/s/GPU", "s/iteration", "ETA", "GPUs",
+    )  # fmt: skip
+    found = {}
+    for line in frame.splitlines():
+        cells = re.split(r"\s{2,}", line.strip("│ "))
+        for name, value in zip(cells[::2], cells[1::2], strict=False):
+            if name in names:
+                found[name] = value
+    return found
+
+
+@pytest.fixture(scope="module")
+def watched(corpus, tmp_path_factory):
+    """(folder, log, lines) of a run that was watched from its first iteration to its last."""
+    folder = tmp_path_factory.mktemp("run")
+    data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
+    training = arguments.without(TRAINING, "--eval-iters", takes_value=True)
+    argv = [
+        sys.executable, str(ENTRY), *MODEL, *training, *data, *EVENTS, "--train-iters", "30",
+        "--lr-warmup-iters", "0", "--eval-iters", "1", "--eval-interval", "10", "--use-distributed-optimizer",
+        "--tensorboard-dir", str(folder / "tensorboard"), "--fp8-recipe", "infir2",
+    ]  # fmt: skip
+    with (folder / "train.log").open("w") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, cwd="/")
+        command = [sys.executable, "-m", "megatron_fp8_ext.cli", "watch", str(folder)]
+        live = None
+        while live is None or (live.returncode == 2 and "no iteration" in live.stderr):
+            assert process.poll() in (None, 0), (folder / "train.log").read_text()[-4000:]
+            live = subprocess.run(
+                [*command, "--interval", "0.05"], capture_output=True, text=True, cwd=ROOT
+            )
+            if live.returncode == 2 and "no event files" in live.stderr:
+                time.sleep(0.1)
+                live = None
+        assert process.wait() == 0, (folder / "train.log").read_text()[-4000:]
+    assert live.returncode == 0, live.stderr
+    return folder, (folder / "train.log").read_text(), live.stdout.splitlines()
+
+
+def test_it_follows_a_run_line_by_line_where_there_is_no_terminal(watched):
+    _, _, lines = watched
+    seen = [int(re.match(r"iteration (\d+)/30 \| loss \d", line).group(1)) for line in lines]
+    assert seen == sorted(set(seen)) and seen[-1] == 30, lines
+    assert len(seen) > 1 and lines[-1].endswith("ETA 0:00:00")
+
+
+def test_the_screen_shows_what_megatron_logged(watched):
+    folder, log, _ = watched
+    from megatron_fp8_ext import training_log
+
+    last = list(training_log.parse(log.splitlines()))[-1]
+    done = watch(folder, "--once", "--peak-tflops", "0.01")
+    assert done.code == 0, done.output
+    assert max(map(len, done.output.splitlines())) <= 80
+    shown = figures(done.output)
+    assert float(shown["loss"]) == pytest.approx(last.loss, abs=1e-4)
+    assert float(shown["learning rate"]) == pytest.approx(last.learning_rate, rel=1e-3)
+    assert float(shown["gradient norm"]) == pytest.approx(last.grad_norm, abs=1e-3)
+    rate = float(shown["tokens/s"].replace(",", ""))
+    assert rate * float(shown["s/iteration"]) == pytest.approx(4 * 128, rel=0.01)
+    share = float(shown["TFLOP/s/GPU"]) / 0.01
+    assert float(shown["MFU"].rstrip("%")) == pytest.approx(100 * share, rel=0.01)
+    assert shown["tokens"] == f"{30 * 4 * 128:,}" and shown["ETA"] == "0:00:00"
+    assert shown["recipe"] == "infir2" and shown["GPUs"] == "1 x CPU"
+    assert " at 30" in shown["validation"] and "finished" in done.output
+
+
+def test_without_event_files_the_log_says_the_same(watched, tmp_path):
+    folder, log, _ = watched
+    (tmp_path / "train.log").write_text(log)
+    events, text = (figures(watch(place, "--once").output) for place in (folder, tmp_path))
+    for name in ("loss", "learning rate", "tokens", "recipe", "GPUs", "validation"):
+        assert events[name] == text[name], name
+    assert "no BF16 peak known for 'CPU'" in " ".join(
+        line.strip("│ ") for line in watch(tmp_path, "--once").output.splitlines()
+    )
+
+
+def test_a_resumed_run_shows_its_last_start(watched, tmp_path):
+    """Two event files, the second from an earlier step: the steps computed again replace the old."""
+    from megatron_fp8_ext.watch.events import EventFolder
+    from megatron_fp8_ext.watch.status import status
+
+    folder, _, _ = watched
+    (file,) = (folder / "tensorboard").glob("events.*")
+    copy = tmp_path / file.name
+    copy.write_bytes(file.read_bytes())
+    first = EventFolder(tmp_path)
+    assert status(first.read()).iteration == 30
+    later = tmp_path / file.name.replace("tfevents.", "tfevents.9")
+    whole = file.read_bytes()
+    cut = [found.start() for found in re.finditer(b"learning-rate vs", whole)][14]
+    later.write_bytes(whole[:cut])  # as a killed run leaves it, in the middle of an event
+    half = status(first.read())
+    assert half.iteration == 15 and half.eta > 0 and not half.finished
+    assert max(half.losses) == half.iteration
+    later.write_bytes(whole)
+    assert status(first.read()).iteration == 30
+
+
+def test_nothing_to_watch_is_one_line(tmp_path):
+    for place, words in ((tmp_path, "no event files"), (tmp_path / "none", "no such folder")):
+        done = watch(place, "--once")
+        assert done.code == 2 and words in done.output and done.output.count("\n") == 1
+    (tmp_path / "notes.log").write_text("nothing of Megatron's\n")
+    assert watch(tmp_path, "--once").code == 2
+    (tmp_path / "events.out.tfevents.1.host").write_bytes(b"not an event file")
+    done = watch(tmp_path, "--once")
+    assert done.code == 2 and done.output.count("\n") == 1, done.output
+    assert "above 0" in watch(tmp_path, "--interval", "0").output
