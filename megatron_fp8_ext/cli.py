@@ -52,7 +52,13 @@ def list_(
         kind = plurals.get(kind, kind)
         if kind not in kinds:
             raise unknown_name("kind", kind, kinds)
-    table = Table("kind", "name", "package", "what it is", box=None)
+    if kind == "preset":
+        _presets()
+        return
+    table = Table(box=None)
+    for title in ("kind", "name", "package"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("what it is", overflow="fold")
     for each in [kind] if kind else kinds:
         if each == "preset":
             for name in presets.names():
@@ -62,6 +68,16 @@ def list_(
             found = provider.load()
             what = getattr(found, "summary", None) or (found.__doc__ or "").split("\n")[0]
             table.add_row(each, provider.name, provider.distribution, what)
+    _out.print(table)
+
+
+def _presets() -> None:
+    """All of one package: two columns are enough."""
+    table = Table(box=None)
+    table.add_column("preset", no_wrap=True)
+    table.add_column("what it is", overflow="fold")
+    for name in presets.names():
+        table.add_row(name, presets.get(name).summary)
     _out.print(table)
 
 
@@ -138,12 +154,16 @@ def doctor(
 
         rows = examine(hf_checkpoint, engine_gpus, tensor_parallel)
         findings += [checks.Finding(*row) for row in rows]
-    table = Table("", "what", "found", "mend", box=None)
+    table = Table("", box=None)
+    for title in ("what", "found", "mend"):
+        table.add_column(title, overflow="fold")
     style = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fail": "[red]FAIL[/]"}
     for finding in findings:
         table.add_row(style[finding.level], finding.subject, finding.found, finding.mend)
     _out.print(table)
-    seams = Table("seam", "applies", "why", "delete when", box=None, title="Seams in Megatron")
+    seams = Table(box=None, title="Seams in Megatron")
+    for title in ("seam", "applies", "why", "delete when"):
+        seams.add_column(title, overflow="fold")
     for patch in PATCHES:
         place = f"{patch.module.removeprefix('megatron.')}: {patch.symbol}"
         seams.add_row(place, f"{patch.when}, {patch.versions}", patch.reason, patch.delete_when)

@@ -8,19 +8,38 @@ from types import SimpleNamespace
 
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.launch import secrets
 from megatron_fp8_ext.launch.plan import Plan, split_checkpoint
-from megatron_fp8_ext.launch.request import is_secret
 from megatron_fp8_ext.megatron_plugin import arguments, checks
 
 
 def problems(plan: Plan) -> list[str]:
     """Return everything that would stop the run, one line each: what is wrong, and the mend."""
     found = [_missing(name, flag) for name, flag in plan.missing.items()]
-    try:
-        found += [*_sizes(plan), *_lengths(plan)]
-    except UserError as error:
-        found.append(str(error))
+    wrong = _numbers(plan)
+    found += wrong or [*_sizes(plan), *_lengths(plan)]
     return [*found, *_files(plan), *_trainer(plan), *_secrets(plan)]
+
+
+# What the checks below compute with.
+_NUMBERS = (
+    "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size",
+    "--num-attention-heads", "--num-query-groups", "--num-layers", "--hidden-size", "--ffn-hidden-size",
+    "--kv-channels", "--global-batch-size", "--micro-batch-size", "--seq-length",
+    "--max-position-embeddings", "--max-tokens-per-gpu", "--rollout-max-response-len",
+    "--rollout-num-gpus-per-engine",
+)  # fmt: skip
+
+
+def _numbers(plan: Plan) -> list[str]:
+    found = []
+    for flag in _NUMBERS:
+        try:
+            if plan.number(flag, 1) < 1:
+                found.append(f"{flag} {plan.value(flag)}: must be at least 1")
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def _missing(name: str, flag: str) -> str:
@@ -40,8 +59,6 @@ def _sizes(plan: Plan) -> list[str]:
     pp = plan.number("--pipeline-model-parallel-size")
     cp = plan.number("--context-parallel-size")
     world, found = plan.world_size, []
-    if min(tp, pp, cp) < 1:
-        return [f"TP {tp}, PP {pp}, CP {cp}: each must be at least 1"]
     if world % (tp * pp * cp):
         found.append(
             f"{plan.nodes} nodes x {plan.gpus} GPUs = {world} ranks is no multiple of TP {tp} x PP {pp} "
@@ -242,10 +259,18 @@ def _quantization(plan: Plan) -> list[str]:
 
 
 def _secrets(plan: Plan) -> list[str]:
-    if plan.launcher == "torchrun":
-        return []
-    return [
-        f"{token.split('=')[0]} would be written into a file: export it as a variable instead"
-        for token in plan.request.extra
-        if token.startswith("--") and is_secret(token.split("=")[0])
+    """Secrets that would end up in a file, or in the record of a Ray job."""
+    known = plan.facts.secrets
+    found = [
+        f"{name}: secrets do not belong into a preset or a file; export it in the shell instead"
+        for name, value in plan.environment.items()
+        if secrets.is_secret(name) or secrets.mask(value, known) != value
     ]
+    if plan.launcher == "torchrun":
+        return found
+    flag = ""
+    for token, shown in zip(plan.argv, secrets.masked(plan.argv, known), strict=True):
+        flag = token.split("=")[0] if token.startswith("--") else flag
+        if token != shown:
+            found.append(f"{flag} would be written into a file: export it as a variable instead")
+    return found

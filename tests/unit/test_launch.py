@@ -10,11 +10,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tool
 
 from megatron_fp8_ext import presets
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.launch import architecture, checks, plan, reference, render, request
+from megatron_fp8_ext.launch import (
+    architecture,
+    checks,
+    plan,
+    reference,
+    render,
+    request,
+    secrets,
+    start,
+)
 from megatron_fp8_ext.launch import reference_tools as tools
 
 SNAPSHOTS = Path(__file__).parent / "dry_runs"
@@ -27,6 +36,13 @@ def asked(name: str, *assignments: str, **fields) -> request.Request:
 
 def planned(name: str, *assignments: str, facts: plan.Facts | None = None, **fields) -> plan.Plan:
     return plan.build(asked(name, *assignments, **fields), facts or plan.Facts())
+
+
+def test_several_nodes_begin_with_a_preflight():
+    one = render.launch(planned("qwen2.5-7b-cpt")).steps
+    two = render.launch(planned("qwen2.5-7b-cpt", "nodes=2")).steps
+    assert [step.argv[0] for step in one] == ["torchrun"]
+    assert [step.argv[0] for step in two] == ["megatron-fp8", "torchrun"]
 
 
 def dry_run(name: str, launcher: str | None = None) -> str:
@@ -55,7 +71,8 @@ def test_dry_runs_are_as_recorded(name):
 def test_sbatch_files_are_valid_shell(name):
     launched = render.launch(planned(name, launcher="slurm", slime="SLIME"))
     (content,) = launched.files.values()
-    assert subprocess.run(["bash", "-n"], input=content, text=True).returncode == 0
+    done = subprocess.run([tool("shellcheck"), "-"], input=content, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "")
     assert "0.0.0.0" not in content and "doctor" in content and "#SBATCH --requeue" in content
 
 
@@ -195,6 +212,20 @@ def test_all_problems_at_once(tmp_path):
     assert all("\n" not in line and (": " in line or ";" in line) for line in found)
 
 
+def test_numbers_that_are_none_are_all_named():
+    found = planned(
+        "qwen2.5-7b-cpt", "seq-length=long", "micro-batch-size=0", extra=("--num-layers", "x")
+    )
+    text = "\n".join(checks.problems(found))
+    for words in (
+        "--seq-length long: write a whole",
+        "--micro-batch-size 0: must be",
+        "--num-layers x: ",
+    ):
+        assert words in text, text
+    assert "--data" in text
+
+
 def test_nothing_to_mend_where_nothing_is_wrong(tmp_path):
     for suffix in (".bin", ".idx"):
         (tmp_path / f"text{suffix}").write_text("x")
@@ -232,21 +263,51 @@ def test_sft_with_megatron_alone_needs_the_loss():
         planned("qwen2.5-7b-rl-stage1", "trainer=megatron")
 
 
-def test_secrets_are_not_shown():
-    found = planned(
-        "qwen2.5-7b-rl-stage1",
-        extra=("--wandb-key", "hunter2", "--sglang-api-key=hunter2"),
-        slime="S",
+SECRET = "hunter2-of-a-user"
+TOKENS = (
+    "--wandb-key", SECRET, f"--sglang-api-key={SECRET}", "--hf_token", SECRET,
+    "--train-env-vars", f'{{"WANDB_API_KEY": "{SECRET}", "NAME": "kept"}}', "--exec", f"HF_TOKEN={SECRET} true",
+    "--proxy", f"http://me:{SECRET}@host:1", "--other", "hf_abcdefghijklmnop",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", ["ray", "slurm"])
+def test_secrets_are_not_shown(launcher):
+    found = planned("qwen2.5-7b-rl-stage1", extra=TOKENS, slime="S", launcher=launcher)
+    text = render.shell(render.launch(found)) + start.record(found)
+    assert SECRET not in text and "hf_abcdef" not in text
+    assert "kept" in text and "http://me:" in text and "--input-key prompt" in text
+    wrong = [p for p in checks.problems(found) if "export it as a variable" in p]
+    assert len(wrong) == 7 and SECRET not in str(wrong)
+
+
+def test_a_secret_of_the_environment_is_known_wherever_it_stands():
+    facts = plan.Facts(
+        secrets=secrets.values({"MY_TOKEN": SECRET, "PIN_KEY": "1", "HOME": "/home"})
     )
-    assert "hunter2" not in render.shell(render.launch(found))
-    assert sum("export it as a variable" in p for p in checks.problems(found)) == 2
+    found = planned("qwen2.5-7b-cpt", extra=("--run-name", f"a-{SECRET}-b"), facts=facts)
+    text = render.shell(render.launch(found), facts.secrets) + start.record(found)
+    assert SECRET not in text and "--run-name 'a-***-b'" in text
+
+
+def test_a_preset_with_a_secret_does_not_start(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"extends: qwen2.5-1.5b-cpt\nexperiment: x\nenvironment: {{WANDB_API_KEY: {SECRET}}}\n"
+    )
+    found = plan.build(
+        request.Request(preset=presets.get(str(file)), launcher="slurm"), plan.Facts()
+    )
+    assert SECRET not in render.shell(render.launch(found))
+    assert any("WANDB_API_KEY: secrets do not belong" in p for p in checks.problems(found))
 
 
 def test_nothing_binds_beyond_loopback():
-    steps = render.launch(planned("qwen2.5-7b-sft-stage1", slime="S")).steps
-    assert steps[0].argv[:2] == ("ray", "start") and "0.0.0.0" not in str(steps)
-    assert steps[0].argv[steps[0].argv.index("--dashboard-host") + 1] == "127.0.0.1"
-    environment = json.loads(steps[1].argv[steps[1].argv.index("--runtime-env-json") + 1])
+    first, ray, submit = render.launch(planned("qwen2.5-7b-sft-stage1", slime="S")).steps
+    assert first.argv == ("env", "SLIME_PATH=S", "megatron-fp8", "doctor", "--slime")
+    assert ray.argv[:2] == ("ray", "start") and "0.0.0.0" not in str((first, ray, submit))
+    assert ray.argv[ray.argv.index("--dashboard-host") + 1] == "127.0.0.1"
+    environment = json.loads(submit.argv[submit.argv.index("--runtime-env-json") + 1])
     assert environment["env_vars"]["PYTHONPATH"] == "S"
 
 
