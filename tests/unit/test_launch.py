@@ -266,7 +266,8 @@ def test_sft_with_megatron_alone_needs_the_loss():
 SECRET = "hunter2-of-a-user"
 TOKENS = (
     "--wandb-key", SECRET, f"--sglang-api-key={SECRET}", "--hf_token", SECRET,
-    "--train-env-vars", f'{{"WANDB_API_KEY": "{SECRET}", "NAME": "kept"}}', "--exec", f"HF_TOKEN={SECRET} true",
+    "--train-env-vars", f'{{"WANDB_API_KEY": "{SECRET}", "NAME": "kept"}}',
+    "--exec", f"HF_TOKEN={SECRET} true",
     "--proxy", f"http://me:{SECRET}@host:1", "--other", "hf_abcdefghijklmnop",
 )  # fmt: skip
 
