@@ -391,20 +391,62 @@ def test_the_tools_keep_their_argument_names():
         tools.torch_dist_to_hf(["--input-dir", "c", "--output-dir", "d"])
 
 
-# Each command of the reference's README that starts something of ours, as it stands there.
-README = """
-bash scripts/CPT/InfiR2_CPT_FP8_7B.sh
-bash scripts/CPT/InfiR2_CPT_FP8_7B_decay.sh --load exp/InfiR2_CPT_FP8_7B/checkpoints/iter_0035000
-bash scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh
-PYTHONPATH=training/Megatron-LM:training/slime python tools/convert_torch_dist_to_hf.py --input-dir /path/to/InfiR2_SFT_FP8_stg2 --output-dir /path/to/InfiR2_SFT_FP8_stg2_hf --origin-hf-dir /path/to/models/Qwen2.5-7B-Instruct
-python tools/bf16_cast_fp8.py --input-bf16-hf-path /path/to/InfiR2_SFT_FP8_stg2_hf --output-fp8-hf-path /path/to/InfiR2_SFT_FP8_stg2_hf_e8m0 --force-pow-2-scale True
-"""  # noqa: E501
+@pytest.mark.parametrize(
+    "path", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "scripts").glob("*/*.sh"))
+)
+def test_each_of_the_fourteen_scripts_takes_a_dry_run(path):
+    done = script(path, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert any(
+        word in done.stdout for word in ("torchrun", "ray job submit", "sglang.launch_server")
+    )
+    assert "# problem: " in done.stdout  # no input was given
+    assert len(list((ROOT / "scripts").glob("*/*.sh"))) == 14
+
+
+# The command blocks of the reference's README that start something of ours, as they stand there (less a
+# stray fence after iter_0035000), and what each becomes. Variables are edited inside its scripts; here they
+# are exported. Its other blocks clone, build an image, start Ray and install evalscope.
+README = {
+    "torchrun": [
+        "bash scripts/CPT/InfiR2_CPT_FP8_7B.sh",
+        """# 首先\uff0c确定您在稳定阶段的检查点
+# 然后使用该检查点运行退火脚本
+bash scripts/CPT/InfiR2_CPT_FP8_7B_decay.sh \\
+    --load exp/InfiR2_CPT_FP8_7B/checkpoints/iter_0035000""",
+    ],
+    "ray job submit": [
+        "bash scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh",
+        """export DATA_DIR=/path/to/stage1_data
+export HF_CHECKPOINT=/path/to/base_models_hf/qwen2.5-7B-Instruct/
+export REF_LOAD=/path/to/base_models_/qwen2.5-7B_torch_dist/
+bash scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh""",
+        """export DATA_DIR=/path/to/data/dapo-math-17k.jsonl
+export HF_CHECKPOINT=/path/to/your_model/
+export REF_LOAD=/path/to/your_model/
+bash scripts/RL/InfiR2_RL_FP8_7B_stage1_4node.sh""",
+    ],
+    "megatron-fp8 convert megatron-to-hf": [
+        """# 步骤 1: 将 PyTorch 分布式检查点转换为 HuggingFace 格式
+PYTHONPATH=training/Megatron-LM:training/slime python tools/convert_torch_dist_to_hf.py \\
+    --input-dir /path/to/InfiR2_SFT_FP8_stg2 \\
+    --output-dir /path/to/InfiR2_SFT_FP8_stg2_hf \\
+    --origin-hf-dir /path/to/models/Qwen2.5-7B-Instruct""",
+    ],
+    "megatron-fp8 convert hf-to-fp8": [
+        """# 步骤 2: 将 BF16 格式的 HuggingFace 模型转换为 FP8 E8M0 格式
+python tools/bf16_cast_fp8.py \\
+    --input-bf16-hf-path /path/to/InfiR2_SFT_FP8_stg2_hf \\
+    --output-fp8-hf-path /path/to/InfiR2_SFT_FP8_stg2_hf_e8m0 \\
+    --force-pow-2-scale True""",
+    ],
+}
 
 
 @pytest.mark.parametrize(
-    "line", README.strip().splitlines(), ids=lambda line: line.split("/")[-1][:30]
+    ("becomes", "block"), [(name, block) for name, blocks in README.items() for block in blocks]
 )
-def test_readme_commands_resolve(line, tmp_path):
+def test_readme_blocks_resolve(becomes, block, tmp_path):
     for name, code in (
         ("megatron-fp8", f'exec "{sys.executable}" -m megatron_fp8_ext.cli "$@"'),
         ("python", f'PYTHONPATH="{ROOT}" exec "{sys.executable}" "$@"'),
@@ -413,16 +455,12 @@ def test_readme_commands_resolve(line, tmp_path):
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["bash", "-c", f"{line} --dry-run"], capture_output=True, text=True, cwd=ROOT, env=env
+        ["bash", "-c", f"{block} --dry-run"], capture_output=True, text=True, cwd=ROOT, env=env
     )
     assert done.returncode == 0, done.stderr
-    expected = (
-        "megatron-fp8 convert"
-        if "tools/" in line
-        else "torchrun"
-        if "CPT" in line
-        else "ray job submit"
-    )
-    assert expected in done.stdout
-    if "decay" in line:
+    assert becomes in done.stdout
+    if "decay" in block:
+        assert "--load exp/InfiR2_CPT_FP8_7B/checkpoints " in done.stdout
         assert "--ckpt-step 35000" in done.stdout
+    for path in re.findall(r"/path/to/\S+", block):
+        assert path.rstrip("/") in done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.proof import plan, record, report, result, run, tables, verdict
+from megatron_fp8_ext.proof import plan, record, result, run, verdict
 
 QUIET = Console(quiet=True)
 
@@ -277,26 +276,3 @@ def test_report_without_a_baseline_or_runs(trainer, tmp_path):
     run.execute(only, QUIET)
     with pytest.raises(UserError, match="no bf16 run"):
         result.build(record.read_all([tmp_path / "a"]))
-
-
-def test_the_table_is_whole_on_80_columns():
-    head = (
-        "recipe", "verdict", "final loss", "gap", "95 % interval", "gap / seed spread", "time / BF16",
-        "FP8 GEMMs per iteration", "runs finished", "why",
-    )  # fmt: skip
-    rows = (
-        ("bf16", "baseline", "10.21456", "-", "-", "-", "-", "0", "3 of 3", ""),
-        ("infir2", "inconclusive", "10.21556", "+0.031 %", "-0.010 % to +0.072 %", "+0.12", "6.12", "84",
-         "3 of 3", "the interval of the gap reaches above the margin"),
-        ("control-e5m2 (negative control)", "not lossless", "10.41556", "+12.031 %",
-         "-11.010 % to +13.072 %", "+12.12", "16.12", "84", "2 of 3", "a run diverged"),
-    )  # fmt: skip
-    out = io.StringIO()
-    report.show(tables.Table(head, rows), Console(file=out, width=80))
-    text = out.getvalue()
-    assert "\N{HORIZONTAL ELLIPSIS}" not in text
-    for row in rows:
-        for column, cell in zip(head, row, strict=True):
-            if column != "gap / seed spread":  # on the page
-                assert cell.replace(" (", "\n(").split("\n")[0] in text, (column, cell)
-    assert max(map(len, text.splitlines()[:6])) <= 80
