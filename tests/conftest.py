@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -66,15 +65,6 @@ class Outcome:
     def said(self) -> list[str]:
         """Our own lines."""
         return [x for x in self.output.splitlines() if x.startswith("megatron_fp8_ext:")]
-
-
-def tool(name: str) -> str:
-    """A command of the `dev` extra; skips the test where it is not installed."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.is_file() else shutil.which(name)
-    if found is None:
-        pytest.skip(f'needs {name}: pip install -e ".[dev]"')
-    return found
 
 
 def free_port() -> int:

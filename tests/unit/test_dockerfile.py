@@ -6,7 +6,8 @@ import re
 import subprocess
 
 import pytest
-from conftest import ROOT, tool
+from conftest import ROOT
+from dev_tools import tool
 
 TEXT = (ROOT / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
 LINES = [line for line in TEXT.splitlines() if line and not line.startswith("#")]

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, tool
+from conftest import ROOT
+from dev_tools import tool
 
 from megatron_fp8_ext import presets
 from megatron_fp8_ext.errors import UserError
