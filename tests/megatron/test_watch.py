@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ENTRY, MODEL, ROOT, TRAINING, run
+from conftest import ENTRY, MODEL, ROOT, TRAINING
+from typer.testing import CliRunner
 
+from megatron_fp8_ext import cli
+from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.megatron_plugin import arguments
 
 pytestmark = pytest.mark.megatron
@@ -17,8 +21,10 @@ EVENTS = "--log-throughput --log-timers-to-tensorboard --tensorboard-log-interva
 
 
 def watch(folder, *flags: str):
-    argv = [sys.executable, "-m", "megatron_fp8_ext.cli", "watch", str(folder), *flags]
-    return run(argv, COLUMNS="80")
+    """(exit code, output) of the command, on 80 columns."""
+    done = CliRunner().invoke(cli.app, ["watch", str(folder), *flags], env={"COLUMNS": "80"})
+    error = f"{done.exception}\n" if isinstance(done.exception, UserError) else ""
+    return 2 if error else done.exit_code, done.output + error
 
 
 def figures(frame: str) -> dict[str, str]:
@@ -76,10 +82,10 @@ def test_the_screen_shows_what_megatron_logged(watched):
     from megatron_fp8_ext import training_log
 
     last = list(training_log.parse(log.splitlines()))[-1]
-    done = watch(folder, "--once", "--peak-tflops", "0.01")
-    assert done.code == 0, done.output
-    assert max(map(len, done.output.splitlines())) <= 80
-    shown = figures(done.output)
+    code, frame = watch(folder, "--once", "--peak-tflops", "0.01")
+    assert code == 0, frame
+    assert max(map(len, frame.splitlines())) <= 80
+    shown = figures(frame)
     assert float(shown["loss"]) == pytest.approx(last.loss, abs=1e-4)
     assert float(shown["learning rate"]) == pytest.approx(last.learning_rate, rel=1e-3)
     assert float(shown["gradient norm"]) == pytest.approx(last.grad_norm, abs=1e-3)
@@ -89,17 +95,17 @@ def test_the_screen_shows_what_megatron_logged(watched):
     assert float(shown["MFU"].rstrip("%")) == pytest.approx(100 * share, rel=0.01)
     assert shown["tokens"] == f"{30 * 4 * 128:,}" and shown["ETA"] == "0:00:00"
     assert shown["recipe"] == "infir2" and shown["GPUs"] == "1 x CPU"
-    assert " at 30" in shown["validation"] and "finished" in done.output
+    assert " at 30" in shown["validation"] and "finished" in frame
 
 
 def test_without_event_files_the_log_says_the_same(watched, tmp_path):
     folder, log, _ = watched
     (tmp_path / "train.log").write_text(log)
-    events, text = (figures(watch(place, "--once").output) for place in (folder, tmp_path))
+    events, text = (figures(watch(place, "--once")[1]) for place in (folder, tmp_path))
     for name in ("loss", "learning rate", "tokens", "recipe", "GPUs", "validation"):
         assert events[name] == text[name], name
     assert "no BF16 peak known for 'CPU'" in " ".join(
-        line.strip("│ ") for line in watch(tmp_path, "--once").output.splitlines()
+        line.strip("│ ") for line in watch(tmp_path, "--once")[1].splitlines()
     )
 
 
@@ -127,11 +133,16 @@ def test_a_resumed_run_shows_its_last_start(watched, tmp_path):
 
 def test_nothing_to_watch_is_one_line(tmp_path):
     for place, words in ((tmp_path, "no event files"), (tmp_path / "none", "no such folder")):
-        done = watch(place, "--once")
-        assert done.code == 2 and words in done.output and done.output.count("\n") == 1
+        code, said = watch(place, "--once")
+        assert code == 2 and words in said and said.count("\n") == 1
     (tmp_path / "notes.log").write_text("nothing of Megatron's\n")
-    assert watch(tmp_path, "--once").code == 2
-    (tmp_path / "events.out.tfevents.1.host").write_bytes(b"not an event file")
-    done = watch(tmp_path, "--once")
-    assert done.code == 2 and done.output.count("\n") == 1, done.output
-    assert "above 0" in watch(tmp_path, "--interval", "0").output
+    assert watch(tmp_path, "--once")[0] == 2
+    file = tmp_path / "events.out.tfevents.1.host"
+    for content, words in (
+        (b"not an event file", "no iteration logged yet"),
+        (struct.pack("<QI", 30, 0) + b"lm loss" + b"\xff" * 27, "is damaged"),
+    ):
+        file.write_bytes(content)
+        code, said = watch(tmp_path, "--once")
+        assert code == 2 and words in said and said.count("\n") == 1, said
+    assert "above 0" in watch(tmp_path, "--interval", "0")[1]
