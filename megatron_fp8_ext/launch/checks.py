@@ -164,6 +164,8 @@ def _files(plan: Plan) -> list[str]:
             found.append(str(error))
     elif data and not Path(data).exists():
         found.append(f"--data {data} does not exist: give the file or folder of training samples")
+    elif data and arguments.has(plan.argv, "--sft-data"):
+        found += _packed(plan, Path(data))
     if (
         plan.request.preset.stage == "cpt"
         and "init" not in inputs
@@ -201,6 +203,39 @@ def _files(plan: Plan) -> list[str]:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
         found.append(f"--output {plan.output} cannot be written ({place}): choose another folder")
+    return found
+
+
+def _packed(plan: Plan, folder: Path) -> list[str]:
+    """Packed samples against the length and the alignment of a pack."""
+    if not (folder / "index.json").is_file():
+        return [
+            f"--data {folder} is no folder of packed samples: write one with `megatron-fp8 data pack "
+            f"SAMPLES.jsonl --tokenizer MODEL --seq-length {plan.value('--seq-length')} --output DIR`"
+        ]
+    try:
+        from megatron_fp8_ext.sft.shards import SampleShards
+    except ImportError:  # without numpy: the nodes that train have it, and check again
+        return []
+    try:
+        data, seq = SampleShards(folder), plan.number("--seq-length", 0)
+        sequence_parallel = arguments.has(plan.argv, "--sequence-parallel")
+        tp = plan.number("--tensor-model-parallel-size") if sequence_parallel else 1
+        multiple = 128 * tp * plan.number("--context-parallel-size")
+    except UserError as error:
+        return [str(error)]
+    found = []
+    if len(data) and data.longest > seq:
+        found.append(
+            f"--data {folder}: its longest sample has {data.longest} tokens, --seq-length is {seq}: --set "
+            f"seq-length={data.index['seq_length']}, or pack again with a shorter one"
+        )
+    if seq % multiple:
+        low, high = checks.nearest_multiples(seq, multiple)
+        found.append(
+            f"--seq-length {seq}: packs are multiples of {multiple} tokens here (128 x ranks that split a "
+            f"sequence): use {low} or {high}"
+        )
     return found
 
 

@@ -257,6 +257,37 @@ def test_rl_holds_the_export_to_the_recipe():
     assert any("key/value rows 512" in p for p in checks.problems(engine))
 
 
+def test_packed_samples_are_held_to_the_length(tmp_path):
+    for package in ("numpy", "tokenizers", "jinja2"):
+        pytest.importorskip(package)
+    from chat import write_tokenizer
+
+    from megatron_fp8_ext.sft import pack_job, shards, template
+
+    def problems(*assignments):
+        sizes = ("trainer=megatron", "tensor-model-parallel-size=2", *assignments)
+        found = planned(
+            "qwen2.5-1.5b-sft-stage1", *sizes, inputs={"data": str(tmp_path / "packed")}
+        )
+        return "\n".join(checks.problems(found))
+
+    (tmp_path / "packed").mkdir()
+    assert "is no folder of packed samples" in problems()
+    (tmp_path / "packed").rmdir()
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    chat = template.load(write_tokenizer(tmp_path / "tokenizer"))
+    options = pack_job.Options(seq_length=256)
+    pack_job.pack([tmp_path / "samples.jsonl"], chat, tmp_path / "packed", options)
+    longest = shards.SampleShards(tmp_path / "packed").longest
+    assert "longest sample" not in problems() and "packs are multiples" not in problems()
+    short = problems("seq-length=16")
+    assert f"longest sample has {longest} tokens, --seq-length is 16" in short
+    assert "packs are multiples of 256 tokens" in short
+    (tmp_path / "packed" / "index.json").write_text("{")
+    assert "index.json" in problems()
+
+
 def test_sft_with_megatron_alone_needs_the_loss():
     found = planned("qwen2.5-7b-sft-stage1", "trainer=megatron", inputs={"data": "packed"})
     assert found.value("--sft-data") == "packed" and "--prompt-data" not in found.argv
