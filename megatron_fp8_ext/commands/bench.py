@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from megatron_fp8_ext.files import write_atomically
 
-app = typer.Typer(help="Measure kernels on this machine's GPU.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keep `kernels` a command of a group while it is the only one."""
+app = typer.Typer(help="Measure on this machine's GPU.", no_args_is_help=True)
 
 
 @app.command()
@@ -46,7 +41,57 @@ def kernels(
     record = bench.run(
         shape if tokens is None else replace(shape, tokens=tokens), budget_ms, sweep, only
     )
-    text = bench.markdown(record)
+    _write(output, record, bench.markdown(record))
+
+
+@app.command()
+def step(
+    model: Annotated[str, typer.Option(help="qwen2.5-1.5b, qwen2.5-7b or tiny")] = "qwen2.5-1.5b",
+    seq_length: Annotated[int, typer.Option(help="tokens of a sequence")] = 8192,
+    micro_batch_size: Annotated[int, typer.Option(help="sequences of a micro-batch")] = 2,
+    micro_batches: Annotated[int, typer.Option(help="micro-batches of a step")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs, with sequence parallelism")] = 1,
+    compare: Annotated[
+        str, typer.Option(help="sides, each with options: bf16+chunked,te-blockwise,infir2")
+    ] = "bf16,te-blockwise,infir2",
+    iterations: Annotated[int, typer.Option(help="iterations that count")] = 10,
+    warm_up: Annotated[int, typer.Option(help="iterations before them")] = 4,
+    timeout: Annotated[float, typer.Option(help="seconds for each side")] = 600.0,
+    output: Annotated[
+        Path, typer.Option(help="prefix of the .json, .md, .svg and .log files")
+    ] = Path("runs/bench-step"),
+) -> None:
+    """A training step in Megatron's loop: forward, backward, optimizer and memory, side by side."""
+    from megatron_fp8_ext.benchmark import sides as names
+    from megatron_fp8_ext.benchmark import step as bench
+
+    what = bench.Step(
+        model=model,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        micro_batches=micro_batches,
+        tensor_parallel=tensor_parallel,
+        iterations=iterations,
+        warm_up=warm_up,
+    )
+    sides = names.parse(compare)
+    for side in sides:
+        bench.command(what, side)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    records, summaries = [], []
+    for side in sides:
+        log = output.with_name(f"{output.name}-{side.name}.log")
+        print(f"{side.name} ...", flush=True)
+        records.append(bench.measure(what, side, log, timeout))
+        summaries.append(bench.summarize(records[-1]))
+    text = bench.markdown(what, records[0]["versions"], summaries)
+    drawn = bench.picture(summaries, output.with_name(output.name + ".svg"))
+    _write(output, {"step": vars(what), "sides": summaries, "records": records}, text)
+    if not drawn:
+        print("no picture: pip install matplotlib")
+
+
+def _write(output: Path, record: dict[str, Any], text: str) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in ((".json", json.dumps(record, indent=1) + "\n"), (".md", text)):
         write_atomically(output.with_name(output.name + suffix), content)
