@@ -1,4 +1,4 @@
-"""What the tests of the fused functions share: weights, the unfused layers, a GEMM that notes its operands."""
+"""Shared by the tests of the fused functions: weights, the unfused layers, a GEMM that notes its operands."""
 
 from __future__ import annotations
 

@@ -17,9 +17,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "native-ce": ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native"),
     "full-logits": (),
     "bf16-weights": ("--no-fp8-param-gather",),
+    "unfused": ("--no-infir2-fused",),
+    "stash": ("--infir2-fp8-stash",),
     "graphs": ("--cuda-graph-impl", "local", "--te-rng-tracker"),
     "recompute": ("--recompute-granularity", "selective", "--recompute-modules", "mlp"),
 }
+_INFIR2_ONLY = ("bf16-weights", "unfused", "stash")
 _LOSSES = ("chunked", "native-ce", "full-logits")
 
 
@@ -59,8 +62,9 @@ def _side(name: str) -> Side:
     for option in options:
         if option not in OPTIONS:
             raise unknown_name(f"option of side {base}", option, OPTIONS)
-    if base != "infir2" and "bf16-weights" in options:
-        raise UserError(f"--compare {name}: bf16-weights is an option of infir2 alone")
+    foreign = [option for option in options if option in _INFIR2_ONLY]
+    if base != "infir2" and foreign:
+        raise UserError(f"--compare {name}: {foreign[0]} is an option of infir2 alone")
     flags = list(SIDES[base])
     losses = [option for option in options if option in _LOSSES]
     if len(losses) > 1:
