@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fp8_ext import presets
 from megatron_fp8_ext.benchmark.sides import Side
-from megatron_fp8_ext.errors import UserError, unknown_name
-from megatron_fp8_ext.launch import architecture
+from megatron_fp8_ext.errors import UserError
 
 PARTS = (
     "forward",
@@ -29,17 +27,6 @@ PARTS = (
     "optimizer",
     "train step",
 )
-# Trains on any machine in seconds: the plumbing can be tried without a GPU.
-TINY: dict[str, Any] = {
-    "model_type": "qwen2",
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "tie_word_embeddings": True,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +34,8 @@ class Step:
     """What every side does.
 
     Attributes:
-        model: `tiny`, or a released model's name in lower case.
+        model: its name, for the record.
+        architecture: its flags, by Megatron's name without dashes; `true` is a switch.
         seq_length: tokens of a sequence.
         micro_batch_size: sequences of a micro-batch.
         micro_batches: micro-batches of a step (on each data-parallel rank; here there is one).
@@ -57,6 +45,7 @@ class Step:
     """
 
     model: str
+    architecture: dict[str, str]
     seq_length: int
     micro_batch_size: int
     micro_batches: int = 1
@@ -66,27 +55,14 @@ class Step:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != "model" and value < (0 if name == "warm_up" else 1):
+            if isinstance(value, int) and value < (0 if name == "warm_up" else 1):
                 raise UserError(f"bench step: --{name.replace('_', '-')} {value} is too small")
 
 
-def models() -> dict[str, dict[str, Any]]:
-    """Architectures by name: `tiny`, and the released models of the presets."""
-    known = {name.lower(): presets.model_facts(name) for name in ("Qwen2.5-1.5B", "Qwen2.5-7B")}
-    return {"tiny": TINY, **known}
-
-
 def command(step: Step, side: Side) -> list[str]:
-    """Return the Megatron flags of one side.
-
-    Raises:
-        UserError: an unknown model.
-    """
-    known = models()
-    if step.model not in known:
-        raise unknown_name("--model", step.model, known)
+    """Return the Megatron flags of one side."""
     argv: list[str] = []
-    for name, value in architecture.flags(known[step.model], step.tensor_parallel).items():
+    for name, value in step.architecture.items():
         if value == "true":
             argv.append(f"--{name}")
         elif value != "false":

@@ -10,6 +10,17 @@ import typer
 
 from megatron_fp8_ext.files import write_atomically
 
+# Trains on any machine in seconds: the plumbing can be tried without a GPU.
+TINY: dict[str, Any] = {
+    "model_type": "qwen2",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "tie_word_embeddings": True,
+}
 app = typer.Typer(help="Measure on this machine's GPU.", no_args_is_help=True)
 
 
@@ -62,11 +73,19 @@ def step(
     ] = Path("runs/bench-step"),
 ) -> None:
     """A training step in Megatron's loop: forward, backward, optimizer and memory, side by side."""
+    from megatron_fp8_ext import presets
     from megatron_fp8_ext.benchmark import sides as names
     from megatron_fp8_ext.benchmark import step as bench
+    from megatron_fp8_ext.errors import unknown_name
+    from megatron_fp8_ext.launch import architecture
 
+    released = {name.lower(): name for name in ("Qwen2.5-1.5B", "Qwen2.5-7B")}
+    if model not in released and model != "tiny":
+        raise unknown_name("--model", model, ("tiny", *released))
+    facts = TINY if model == "tiny" else presets.model_facts(released[model])
     what = bench.Step(
         model=model,
+        architecture=architecture.flags(facts, max(tensor_parallel, 1)),
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         micro_batches=micro_batches,
@@ -75,8 +94,6 @@ def step(
         warm_up=warm_up,
     )
     sides = names.parse(compare)
-    for side in sides:
-        bench.command(what, side)
     output.parent.mkdir(parents=True, exist_ok=True)
     records, summaries = [], []
     for side in sides:

@@ -20,7 +20,7 @@ def dummy(weight: Tensor) -> Tensor:
     A weight shared with the embedding says `zero_out_wgrad`: autograd adds the embedding's gradient to
     what we return, and Megatron adds that sum to `main_grad`.
     """
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = True
     make = torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty
     # Not `empty_like`: the weight may be a tensor subclass that holds FP8.
     return make(weight.shape, dtype=weight.dtype, device=weight.device)

@@ -115,7 +115,7 @@ class Expansion:
     notes: tuple[str, ...] = ()
     stats: stats_flags.Stats | None = None
     chunked_loss: bool = False
-    fused: fused_flags.Fused = fused_flags.Fused(on=False, stash=False)
+    fused: fused_flags.Fused = fused_flags.NOT_FUSED
 
 
 def requested(argv: Sequence[str], environ: Mapping[str, str]) -> str | None:
@@ -201,7 +201,7 @@ def _expand_recipe(argv: Sequence[str], facts: Facts) -> Expansion:
     if emulated:
         if fused.stash:
             notes.append(f"{fused_flags.STASH}: emulated layers keep BF16")
-        fused = fused_flags.Fused(on=False, stash=False)
+        fused = fused_flags.NOT_FUSED
     layers = "" if emulated else f" | layers: {_layers(fused)}"
     summary = (
         f"{RECIPE} {name} -> {' '.join(added)} | {recipe.short_str()} | {weights}{layers} | BF16: "

@@ -37,6 +37,9 @@ class Fused:
         return "stash" if self.stash else "on" if self.on else "off"
 
 
+NOT_FUSED = Fused(on=False, stash=False)
+
+
 def take(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[list[str], Fused]:
     """Return `argv` without our two flags, and what they ask for; on by itself.
 

@@ -71,7 +71,7 @@ def _why_no_linear_layer(layer: Any) -> str | None:
     config, weight = layer.config, layer.weight
     return _first(
         {
-            "per-module quantization": layer.te_quant_params is not None,
+            "per-module quantization": getattr(layer, "te_quant_params", None) is not None,
             "weights in several pieces": list(layer.weight_names) != ["weight"],
             f"weights of {weight.dtype}": weight.dtype != torch.bfloat16,
             "TransformerEngine's communication overlap": any(

@@ -220,7 +220,7 @@ def random_tokens(counts: Any, vp_stage: int | None = None) -> Any:
 
     args = get_args()
 
-    class RandomTokens(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    class RandomTokens(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return int(counts[0])
 
