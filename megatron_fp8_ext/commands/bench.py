@@ -36,22 +36,24 @@ def kernels(
     only: Annotated[str, typer.Option(help="only kernels whose name contains this")] = "",
 ) -> None:
     """Casts, fused casts and the chunked loss, each beside a measured copy or GEMM."""
-    from dataclasses import replace
+    bench, shape = _shape(model, tokens)
+    record = bench.run(shape, budget_ms, sweep, only)
+    _write(output, record, bench.markdown(record))
 
-    from megatron_fp8_ext.errors import UserError, unknown_name
 
-    try:
-        from megatron_fp8_ext.benchmark import kernels as bench
-    except ImportError as error:
-        raise UserError(f"bench needs {error.name}: pip install torch on a GPU machine") from error
-    if model not in bench.SHAPES:
-        raise unknown_name("--model", model, bench.SHAPES)
-    if tokens is not None and tokens < 1:
-        raise UserError(f"--tokens {tokens}: give it a positive number")
-    shape = bench.SHAPES[model]
-    record = bench.run(
-        shape if tokens is None else replace(shape, tokens=tokens), budget_ms, sweep, only
-    )
+@app.command()
+def gemm(
+    model: Annotated[str, typer.Option(help="shape: qwen2.5-1.5b or qwen2.5-7b")] = "qwen2.5-1.5b",
+    tokens: Annotated[int | None, typer.Option(help="tokens of a microbatch")] = None,
+    output: Annotated[Path, typer.Option(help="prefix of the .json and .md files")] = Path(
+        "runs/bench-gemm"
+    ),
+    budget_ms: Annotated[float, typer.Option(help="device time for each measurement")] = 60.0,
+    only: Annotated[str, typer.Option(help="only products whose name contains this")] = "",
+) -> None:
+    """The three products of each linear layer, in BF16 and block-scaled FP8."""
+    bench, shape = _shape(model, tokens)
+    record = bench.run(shape, budget_ms, False, only, bench.gemm_cases)
     _write(output, record, bench.markdown(record))
 
 
@@ -106,6 +108,24 @@ def step(
     _write(output, {"step": vars(what), "sides": summaries, "records": records}, text)
     if not drawn:
         print("no picture: pip install matplotlib")
+
+
+def _shape(model: str, tokens: int | None) -> tuple[Any, Any]:
+    """The module that measures kernels, and the shape to measure."""
+    from dataclasses import replace
+
+    from megatron_fp8_ext.errors import UserError, unknown_name
+
+    try:
+        from megatron_fp8_ext.benchmark import kernels as bench
+    except ImportError as error:
+        raise UserError(f"bench needs {error.name}: pip install torch on a GPU machine") from error
+    if model not in bench.SHAPES:
+        raise unknown_name("--model", model, bench.SHAPES)
+    if tokens is not None and tokens < 1:
+        raise UserError(f"--tokens {tokens}: give it a positive number")
+    shape = bench.SHAPES[model]
+    return bench, shape if tokens is None else replace(shape, tokens=tokens)
 
 
 def _write(output: Path, record: dict[str, Any], text: str) -> None:
