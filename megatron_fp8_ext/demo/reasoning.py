@@ -62,7 +62,7 @@ def write(
 ) -> None:
     """Write `count` samples as JSONL, none that asks a question in `without`."""
     draw = random.Random(seed)
-    lines = []
+    lines: list[str] = []
     while len(lines) < count:
         sample = problem(draw, longest)
         if question(sample) not in without:

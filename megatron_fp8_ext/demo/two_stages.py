@@ -90,12 +90,9 @@ def main(output: Path, samples: int | None, epochs: int | None) -> None:
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
     released = output / "released"
-    weights = _released_weights(released, output / "weights", console)
-    short, long, tests = _problems(output, scale)
-    score = shlex.join(
-        [sys.executable, "-m", "megatron_fp8_ext.demo.answers", "{checkpoints}", *map(str, tests),
-         "--hf-reference", str(released), "--max-tokens", str(scale.answer)]
-    )  # fmt: skip
+    weights = released_weights(released, output / "weights", console)
+    short, long, tests = problems(output, scale)
+    score = score_command(released, tests, scale)
     with console.status("answering held-out sums before training"):
         before = answers.exact_match(released, released, tests, scale.answer)
     stages = (
@@ -112,10 +109,23 @@ def main(output: Path, samples: int | None, epochs: int | None) -> None:
     console.print(f"losses.csv, loss-stage1.svg, loss-stage2.svg: in {output}", soft_wrap=True)
 
 
-def _scale(samples: int | None, epochs: int | None) -> Scale:
+def known_scale() -> Scale:
+    """What this machine can do in minutes."""
     import torch
 
-    known = GPU if torch.cuda.is_available() else CPU
+    return GPU if torch.cuda.is_available() else CPU
+
+
+def score_command(released: Path, tests: Sequence[Path], scale: Scale) -> str:
+    """Return the command for `--score`: the share of right answers to each file of problems."""
+    return shlex.join(
+        [sys.executable, "-m", "megatron_fp8_ext.demo.answers", "{checkpoints}", *map(str, tests),
+         "--hf-reference", str(released), "--max-tokens", str(scale.answer)]
+    )  # fmt: skip
+
+
+def _scale(samples: int | None, epochs: int | None) -> Scale:
+    known = known_scale()
     scale = Scale(
         samples or known.samples, known.batch, epochs or known.epochs, known.held_out, known.answer
     )
@@ -124,7 +134,7 @@ def _scale(samples: int | None, epochs: int | None) -> Scale:
     return scale
 
 
-def _released_weights(released: Path, weights: Path, console: Console) -> Path:
+def released_weights(released: Path, weights: Path, console: Console) -> Path:
     """SmolLM2-135M-Instruct from its GGUF file, as a model folder and as a Megatron checkpoint."""
     from megatron_fp8_ext.checkpoint import gguf, megatron
 
@@ -138,7 +148,7 @@ def _released_weights(released: Path, weights: Path, console: Console) -> Path:
     return weights
 
 
-def _problems(output: Path, scale: Scale) -> tuple[Path, Path, tuple[Path, Path]]:
+def problems(output: Path, scale: Scale) -> tuple[Path, Path, tuple[Path, Path]]:
     """Write both sets of samples and, for each, problems that neither holds."""
     short, long = (output / f"{name}-{scale.samples}.jsonl" for name in ("short", "long"))
     for file, seed, longest in ((short, 1236, 2), (long, 1237, 8)):
@@ -174,7 +184,7 @@ def _train(stage: Stage, output: Path, scale: Scale, score: str, console: Consol
     run.execute(members, console, score=score)
     found = report.write([output / name], output / name, console)
     for each in found.runs:
-        if each.run.status != "finished":
+        if not each.run.ended_well:
             raise UserError(
                 f"{name}: the {each.run.recipe} run stopped after {max(each.run.iterations, default=0)} "
                 f"of {steps} iterations: {each.run.why}; its log is {each.run.folder / 'log.txt'}"

@@ -46,6 +46,7 @@ def write_html(result: Result, path: Path) -> Path:
         verdicts=tables.verdicts(result),
         rule=tables.RULE,
         spread=tables.spread(result),
+        sharing=tables.sharing(result),
         pictures=figures.draw(result),
         members=tables.members(result),
         errors=tables.errors(result),
@@ -62,7 +63,8 @@ def write_html(result: Result, path: Path) -> Path:
 def write_markdown(result: Result, path: Path) -> Path:
     """Write the same without pictures and single layers."""
     parts = [f"# {result.headline}", result.control_note, _markdown(tables.verdicts(result))]
-    parts += [tables.RULE, tables.spread(result), "## Runs", _markdown(tables.members(result))]
+    parts += [tables.RULE, tables.spread(result), tables.sharing(result)]
+    parts += ["## Runs", _markdown(tables.members(result))]
     if tables.errors(result).rows:
         parts += ["## Error of the casts", tables.errors_note(result)]
         parts.append(_markdown(tables.errors(result)))

@@ -105,6 +105,17 @@ def spread(result: Result) -> str:
     )
 
 
+def sharing(result: Result) -> str:
+    """Whose times are not their own; empty where every run had its device to itself."""
+    most = max((each.run.sharing for each in result.runs), default=1)
+    if most == 1:
+        return ""
+    return (
+        f"Up to {most} runs shared a device (--parallel): times, tokens/s and MFU are those of a shared one "
+        "and say nothing of a recipe's speed. Losses do not depend on it."
+    )
+
+
 def members(result: Result) -> Table:
     """One row a run, the unfinished ones included."""
     head = (
