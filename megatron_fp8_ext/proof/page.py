@@ -76,11 +76,10 @@ def write_markdown(result: Result, path: Path) -> Path:
 
 
 def _commands(result: Result) -> list[tuple[str, str]]:
-    """The first seed's command of each recipe."""
-    return [
-        (recipe.runs[0].run.folder.name, shlex.join(recipe.runs[0].run.described["argv"]))
-        for recipe in result.recipes
-    ]
+    """The first seed's command of each recipe; of its program the name, for its place is one machine's."""
+    runs = [recipe.runs[0].run for recipe in result.recipes]
+    words = [(Path(run.described["argv"][0]).name, *run.described["argv"][1:]) for run in runs]
+    return [(run.folder.name, shlex.join(argv)) for run, argv in zip(runs, words, strict=True)]
 
 
 def _markdown(table: Table) -> str:

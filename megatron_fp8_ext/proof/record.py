@@ -144,7 +144,7 @@ def read(folder: Path) -> Run:
         folder=folder,
         **identity,
         status=status(folder),
-        why=str(state.get("last_words", "")),
+        why=str(state.get("last_words", "killed" if state.get("status") == "running" else "")),
         iterations=iterations,
         losses=losses,
         versions=_versions(lines),

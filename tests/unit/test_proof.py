@@ -178,6 +178,7 @@ def test_killed_run_counts_as_interrupted(trainer, tmp_path):
     run.execute(members(trainer, tmp_path), QUIET)
     (tmp_path / "bf16-seed7" / "state.json").write_text('{"status": "running"}')
     assert record.status(tmp_path / "bf16-seed7") == "interrupted"
+    assert record.read(tmp_path / "bf16-seed7").why == "killed"
 
 
 @pytest.mark.parametrize("what", ["command", "steps", "data", "versions"])
