@@ -1,9 +1,12 @@
-"""Run one training command of a demo in sight, and insist that it finishes."""
+"""Run one training command of a demo in sight, and insist that it finishes; run other steps quietly."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -43,3 +46,15 @@ def follow(
             f"iterations: {child.last_words(log.read_text())}; the whole log is {log}"
         )
     return found
+
+
+@contextlib.contextmanager
+def quiet(console: Console, what: str) -> Iterator[None]:
+    """Show what is being done, and keep from the terminal what others write there.
+
+    Megatron warns of what it does not find on a CPU, transformers draws bars of its own.
+    """
+    with console.status(what), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield

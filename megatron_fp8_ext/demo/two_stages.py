@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fp8_ext.demo import answers, reasoning, text
+from megatron_fp8_ext.demo.follow import quiet
 from megatron_fp8_ext.demo.run import ENTRY, RECIPES
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.files import write_atomically
@@ -139,10 +140,10 @@ def released_weights(released: Path, weights: Path, console: Console) -> Path:
     from megatron_fp8_ext.checkpoint import gguf, megatron
 
     if not released.is_dir():
-        with console.status("SmolLM2-135M-Instruct: from GGUF to a Hugging Face folder"):
+        with quiet(console, "SmolLM2-135M-Instruct: from GGUF to a Hugging Face folder"):
             gguf.gguf_to_hf(text.tokenizer_file(), released)
     if not weights.is_dir():
-        with console.status("and to Megatron"):
+        with quiet(console, "and to Megatron"):
             megatron.hf_to_megatron(released, weights)
     console.print(f"released weights: {weights}", soft_wrap=True)
     return weights
@@ -214,7 +215,7 @@ def _next_start(found: Result, released: Path, console: Console) -> None:
 
     for each in found.runs:
         folder = each.run.folder
-        with console.status(f"{folder.name}: weights for the next stage"):
+        with quiet(console, f"{folder.name}: weights for the next stage"):
             if not (folder / "hf").is_dir():
                 megatron.megatron_to_hf(folder / "checkpoints", folder / "hf", released)
             if not (folder / "weights").is_dir():
