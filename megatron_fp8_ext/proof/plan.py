@@ -36,6 +36,7 @@ _FIRST_START: dict[str, bool] = {
     "--finetune": False,
     "--no-load-optim": False,
     "--no-load-rng": False,
+    flags.MAIN_PARAMS: False,
     "--pretrained-checkpoint": True,
 }
 _NATIVE_FORMATS = {
