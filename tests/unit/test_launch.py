@@ -14,6 +14,7 @@ from conftest import ROOT
 from dev_tools import tool
 
 from megatron_fp8_ext import presets
+from megatron_fp8_ext.checkpoint.architecture import from_config
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.launch import (
     architecture,
@@ -158,6 +159,29 @@ def test_architecture_comes_from_config_json():
     for broken in ({"model_type": "bert"}, {"hidden_size": "x"}, {"num_hidden_layers": 0}):
         with pytest.raises(UserError, match=re.escape("config.json")):
             architecture.flags({**QWEN_15B, **broken}, 1)
+
+
+def test_run_and_convert_tell_megatron_the_same():
+    for model in (QWEN_15B, {**QWEN_15B, "model_type": "qwen3", "head_dim": 64}):
+        printed = from_config(model, "config.json").megatron_flags(2)
+        for name, value in architecture.flags(model, 2).items():
+            line = f"--{name}" if value == "true" else f"--{name} {value}"
+            assert (line in printed) is (value != "false"), line
+
+
+def test_other_families():
+    qwen3 = architecture.flags({**QWEN_15B, "model_type": "qwen3"}, 1)
+    assert (qwen3["qk-layernorm"], qwen3["add-qkv-bias"]) == ("true", "false")
+    mistral = {**QWEN_15B, "model_type": "mistral"}
+    assert architecture.flags({**mistral, "sliding_window": None}, 1)["add-qkv-bias"] == "false"
+    for window in (
+        {},
+        {"sliding_window": 4096},
+    ):  # 4096 is what transformers takes without the field
+        with pytest.raises(
+            UserError, match="sliding_window is 4096; Megatron's flags know no window"
+        ):
+            architecture.flags({**mistral, **window}, 1)
 
 
 def test_tensor_parallel_after_dashes_reaches_the_vocabulary():
