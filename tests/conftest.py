@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import random
 import re
 import signal
 import socket
@@ -234,3 +236,67 @@ def bf16_run(train):
 def wheel(request):
     """(version, folder) of each supported megatron-core wheel."""
     return request.param, megatron_wheel(request.param)
+
+
+SFT = (
+    "--seq-length 256 --max-position-embeddings 512 --micro-batch-size 1 --global-batch-size 8 "
+    "--train-iters 6 --lr-decay-style constant"
+).split()
+
+
+def without_defaults(flags: list[str]) -> list[str]:
+    """TRAINING of conftest without BF16 (exact comparisons) and without a WSD schedule."""
+    kept, skip = [], 0
+    takes = ("--lr-decay-style", "--lr-wsd-decay-style", "--lr-wsd-decay-iters", "--lr-warmup-iters",
+             "--micro-batch-size", "--global-batch-size", "--train-iters", "--split", "--eval-iters",
+             "--eval-interval")  # fmt: skip
+    for token in flags:
+        if skip:
+            skip -= 1
+        elif token in takes:
+            skip = 1
+        elif token != "--bf16":
+            kept.append(token)
+    return kept
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory):
+    """40 short reasoning samples in a byte tokenizer's tokens."""
+    from chat import write_tokenizer
+
+    from megatron_fp8_ext.sft import pack_job, template
+
+    folder = tmp_path_factory.mktemp("sft")
+    chat = template.load(write_tokenizer(folder / "tokenizer"))
+    draw = random.Random(0)
+    with (folder / "a.jsonl").open("w") as file:
+        for _ in range(40):
+            a, n = draw.randrange(90), draw.choice([1, 2, 5, 9, 30])
+            steps = " ".join(str(a + k) for k in range(n))
+            answer = f"<think>\n{steps}\n</think>\n{a + n}"
+            file.write(json.dumps({"prompt": f"{a}+{n}?", "response": answer}) + "\n")
+    pack_job.pack([folder / "a.jsonl"], chat, folder / "out", pack_job.Options(seq_length=256))
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def sft(packed):
+    """Start a run on packed samples; extra flags are appended."""
+
+    def start(*flags, processes=1, ok=True, data=None, base=SFT):
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+                         "--master-port", str(free_port())]  # fmt: skip
+        assert MODEL[-4:] == ["--seq-length", "128", "--max-position-embeddings", "128"]
+        model = MODEL[:-4]
+        own = ["--sft-data", str(data or packed)]
+        outcome = run(
+            [*launcher, str(ENTRY), *model, *without_defaults(TRAINING), *base, *own, *flags]
+        )
+        if ok:
+            assert outcome.code == 0, outcome.output[-6000:]
+        return outcome
+
+    return start
