@@ -6,8 +6,8 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
 from importlib import metadata
+from itertools import product
 from typing import Any
 
 import torch
@@ -214,12 +214,15 @@ def _swiglu_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
     kept = swiglu.swiglu_cast(x, "power_of_two", columns=False, stash=True).stash
     for apart, warps in product((True, False) if sweep else (True,), (8, 16) if sweep else (16,)):
         note = f"{warps} warps, {'a program for each result' if apart else 'one for all'}"
-        how = {"apart": apart, "warps": warps}
-        backward = partial(swiglu.swiglu_backward_cast, dy, x, "power_of_two", **how)
+        backward = partial(
+            swiglu.swiglu_backward_cast, dy, x, "power_of_two", apart=apart, warps=warps
+        )
         yield "SwiGLU backward + cast", "ours", dy.numel() * 10, 0, backward, note
         again = partial(backward, y_columns=True)
         yield "SwiGLU backward + cast + y", "ours", dy.numel() * 11, 0, again, note
-        of_stash = partial(swiglu.swiglu_backward_cast, dy, kept, "power_of_two", **how)
+        of_stash = partial(
+            swiglu.swiglu_backward_cast, dy, kept or x, "power_of_two", apart=apart, warps=warps
+        )
         yield "SwiGLU backward + cast of a stash", "ours", dy.numel() * 8, 0, of_stash, note
     te_y, te_dx = _te_cast(dy, False), _te_cast(x, False)
     if te_y is None or te_dx is None:

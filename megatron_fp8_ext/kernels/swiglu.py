@@ -141,9 +141,9 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_half(
+def _load_half(  # type: ignore[no-untyped-def]
     x, scales, half, tile_m, tile_k, M, F, stride, STASH: tl.constexpr, WHOLE: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """FP32 tile of gate (half 0) or up (half 1)."""
     if STASH:
         tile = tile_k + half * (F // TILE)

@@ -27,7 +27,8 @@ TYPES = {"row_codes": "*u8", "col_codes": "*u8", "codes": "*u8", "target": "*i64
 FP32 = ("row_scales", "col_scales", "scales", "rstd", "dweight", "largest", "total", "predicted",
         "lse", "dloss", "stash_scales", "y_scales")
 KERNELS = [cast._cast_kernel, swiglu._forward_kernel, swiglu._backward_kernel,
-           swiglu._backward_apart_kernel, swiglu._backward_straddling_kernel, rmsnorm._rows_kernel, rmsnorm._columns_kernel,
+           swiglu._backward_apart_kernel, swiglu._backward_straddling_kernel,
+           rmsnorm._rows_kernel, rmsnorm._columns_kernel,
            rmsnorm._backward_kernel, softmax._statistics_kernel, softmax._gradient_kernel]
 for kernel in KERNELS:
     for on in (True, False):
