@@ -184,6 +184,18 @@ def test_gradients_go_to_main_grad(accumulate):
         assert not torch.equal(got.to(torch.bfloat16).float(), got)
 
 
+def test_a_layer_used_twice_in_the_first_micro_batch():
+    x, weight = leaves(1)[0], parameter(H, H, seed=3)
+    first = linear(weight, "power_of_two", accumulate=False)
+    later = linear(weight, "power_of_two", accumulate=True)
+    how, dy = setup("power_of_two"), random(M, B, H, scale=1e-3, seed=5)
+    want = [gradients(cast_linear(x, first, how), weight, dy)[0] for _ in range(2)]
+    with_main_grad(weight)
+    # Autograd goes backwards: the one that may overwrite comes last.
+    (cast_linear(x, first, how) + cast_linear(x, later, how)).backward(dy)
+    assert sqnr(weight.main_grad - 2, want[0].float() + want[1].float()) > 40
+
+
 def test_special_buffers():
     x, gain, w1, w2, block = mlp_case("power_of_two")
     dy = random(M, B, H, scale=1e-3, seed=5)
