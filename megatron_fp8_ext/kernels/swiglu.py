@@ -299,7 +299,7 @@ def swiglu_cast(
         raise ValueError(f"SwiGLU's input must have an even number of columns, got {twice}")
     f = twice // 2
     if warps is None:
-        warps = WARPS if columns else ONE_WAY_WARPS
+        warps = WARPS if columns and not stash else ONE_WAY_WARPS
     if stash and f % BLOCK:
         raise ValueError(f"a stash needs halves of whole blocks of {BLOCK} columns, got {f}")
     out = cast.allocate(m, f, x.device, (rows, columns))
