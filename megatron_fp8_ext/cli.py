@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from megatron_fp8_ext import __version__, presets, registry
 from megatron_fp8_ext.commands import bench, compare, convert, data, demo, evaluate, rl, schedule
 from megatron_fp8_ext.commands import run as run_command
+from megatron_fp8_ext.commands import watch as watch_command
 from megatron_fp8_ext.errors import UserError, unknown_name
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command("report")(compare.report_)
 app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
     run_command.run
 )
+app.command()(watch_command.watch)
 app.add_typer(rl.app, name="rl")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(evaluate.app, name="eval")

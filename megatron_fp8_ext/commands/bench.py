@@ -1,4 +1,4 @@
-"""`megatron-fp8 bench ...`: measure on this machine's GPU."""
+"""`megatron-fp8 bench ...`: measure on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TINY: dict[str, Any] = {
     "vocab_size": 512,
     "tie_word_embeddings": True,
 }
-app = typer.Typer(help="Measure on this machine's GPU.", no_args_is_help=True)
+app = typer.Typer(help="Measure steps, kernels and conversions here.", no_args_is_help=True)
 
 
 @app.command()
@@ -126,6 +126,32 @@ def _shape(model: str, tokens: int | None) -> tuple[Any, Any]:
         raise UserError(f"--tokens {tokens}: give it a positive number")
     shape = bench.SHAPES[model]
     return bench, shape if tokens is None else replace(shape, tokens=tokens)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Option(help="shape: Qwen2.5-1.5B or Qwen2.5-7B")] = "Qwen2.5-7B",
+    folder: Annotated[
+        Path, typer.Option(help="scratch folder, three to four times the model; removed at the end")
+    ] = Path("runs/bench-convert.scratch"),
+    layers: Annotated[int | None, typer.Option(min=1, help="fewer than the model has")] = None,
+    main_params: Annotated[
+        bool, typer.Option(help="also a checkpoint with FP32 main parameters")
+    ] = True,
+    device: Annotated[str, typer.Option(help="of hf-to-fp8: auto, cpu or cuda")] = "auto",
+    output: Annotated[Path, typer.Option(help="prefix of the .json and .md files")] = Path(
+        "runs/bench-convert"
+    ),
+) -> None:
+    """Time and peak memory of every conversion, on random weights of a released model's shape."""
+    from megatron_fp8_ext.errors import UserError
+
+    try:
+        from megatron_fp8_ext.benchmark import conversion as bench
+    except ImportError as error:
+        raise UserError(f"bench convert needs {error.name}: pip install {error.name}") from error
+    record = bench.run(model, folder, layers, main_params, device)
+    _write(output, record, bench.markdown(record))
 
 
 def _write(output: Path, record: dict[str, Any], text: str) -> None:

@@ -32,6 +32,7 @@ RECIPE_VARIABLE = "MEGATRON_FP8_EXT_RECIPE"
 EMULATE_VARIABLE = "MEGATRON_FP8_EXT_EMULATE"
 OWN_FLAGS = (EMULATE, NO_PARAM_GATHER)
 NATIVE_RECIPES = ("delayed", "tensorwise", "mxfp8", "blockwise", "custom")
+MAIN_PARAMS = "--load-main-params-from-ckpt"
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 
 # On the CPU: what Megatron can only do there, and what it can only do on a GPU. None of it changes
@@ -323,7 +324,25 @@ def _param_gather(
     saves = arguments.has(argv, "--save")
     if saves and RESHARDABLE in facts.options and not arguments.has(argv, RESHARDABLE):
         added.append(RESHARDABLE)
-    return added, "weights kept in FP8"
+    return [*added, *_main_params(argv, facts)], "weights kept in FP8"
+
+
+def _main_params(argv: Sequence[str], facts: Facts) -> list[str]:
+    """Let a run that starts from weights alone take them as they are for its FP32 main parameters.
+
+    Megatron copies main parameters from the model's unless told otherwise: from FP8 weights they would
+    come back rounded to FP8, and the run would not start where its BF16 counterpart does.
+    """
+    layout = facts.checkpoint
+    if layout is None or MAIN_PARAMS not in facts.options or arguments.has(argv, MAIN_PARAMS):
+        return []
+    weights_alone = layout.iteration == 0 or arguments.first_written(
+        argv, ("--no-load-optim", "--finetune")
+    )
+    if not weights_alone:
+        return []
+    needed = () if arguments.has(argv, "--no-load-optim") else ("--no-load-optim",)
+    return [*needed, MAIN_PARAMS]
 
 
 def _loads_optimizer_safely(argv: Sequence[str], facts: Facts) -> bool:

@@ -182,6 +182,8 @@ def _adopt(found: Command, expansion: flags.Expansion, parsed: Any) -> None:
     if expansion.recipe is not None:
         # A plain string: Megatron pickles its arguments into checkpoints.
         parsed.fp8_ext_recipe = expansion.recipe.name
+        # Megatron writes its arguments into event files, where `watch` finds the device's peak by it.
+        parsed.fp8_ext_device = compat.versions()["device"]
         # Ray actors and spawned workers do not see this command line.
         os.environ[flags.RECIPE_VARIABLE] = expansion.recipe.name
         os.environ[fused_flags.VARIABLE] = expansion.fused.text
