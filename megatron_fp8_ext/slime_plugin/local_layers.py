@@ -1,8 +1,8 @@
 """Names of Megatron's local layers for slime, which knows TransformerEngine's.
 
 Under `--fp8-emulate` the model has Megatron's local layers, whose norms are modules of their own; in
-TransformerEngine's layers they are part of the linear layer that follows. Loading a Hugging Face checkpoint and the
-weight push go through these names.
+TransformerEngine's layers they are part of the linear layer that follows. Loading a Hugging Face checkpoint
+and the weight push go through these names.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ For each response token slime has the log-probability that the server sampled it
 training computes for it before the step. With equal numbers on both sides they differ only by kernels; a
 weight push that did not arrive, or another scale format, shows in the first step.
 
-slime v0.3 leaves out that second forward pass where a rollout is one step (GRPO without a KL penalty: the reference's
-stages), and takes the log-probabilities of the step itself. There they are measured inside the loss, and judged after
-the backward pass, before the optimizer changes a weight.
+slime v0.3 leaves out that second forward pass where a rollout is one step (GRPO without a KL penalty: the
+reference's stages), and takes the log-probabilities of the step itself. There they are measured inside the
+loss, and judged after the backward pass, before the optimizer changes a weight.
 
 Logged under slime's `rollout/` in TensorBoard and W&B: `rollout/train_rollout_kl` (the k3 estimate of
 KL(rollout || train), nats a token), `rollout/train_rollout_logprob_abs_diff` (mean) and
