@@ -152,7 +152,10 @@ def _start_ray(args: Any, environment: dict[str, Any], root: Path) -> None:
     gpus = None
     if flags.EMULATE in sys.argv and not os.environ.get("RAY_ADDRESS"):
         gpus = args.actor_num_nodes * args.actor_num_gpus_per_node + (args.rollout_num_gpus or 0)
-    ray.init(
-        runtime_env={"env_vars": variables},
-        **({} if gpus is None else {"num_gpus": gpus, "include_dashboard": False}),
-    )
+    local: dict[str, Any] = {}
+    if gpus is not None:
+        # slime's actors, its rollout manager, lock and engines each ask for a CPU: on a small machine
+        # they would wait for each other for ever.
+        cpus = max(os.cpu_count() or 1, gpus + 4)
+        local = {"num_gpus": gpus, "num_cpus": cpus, "include_dashboard": False}
+    ray.init(runtime_env={"env_vars": variables}, **local)

@@ -1,4 +1,4 @@
-"""Sums of two numbers below 100: problems, a tokenizer of characters, and a reward that checks the answer."""
+"""Sums of a number below 100 and a digit: problems, a tokenizer of characters, and a reward that checks the answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HELD_OUT = 200
 
 def problems() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Return (training, held-out) pairs; always the same split."""
-    pairs = [(a, b) for a in range(100) for b in range(100)]
+    pairs = [(a, b) for a in range(100) for b in range(10)]
     random.Random(20261125).shuffle(pairs)
     return pairs[HELD_OUT:], pairs[:HELD_OUT]
 

@@ -22,7 +22,7 @@ SHAPE = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-LENGTH = 10  # 99+99=198 and the end
+LENGTH = 9  # 99+9=108 and the end
 
 
 def config() -> Qwen2Config:
@@ -73,13 +73,13 @@ def train(out: Path, stop_at: float, seed: int = 1, limit: int = 6000) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     rate = 0.0
     for step in range(1, limit + 1):
-        tokens, labels = batch(order.sample(shown, 256))
+        tokens, labels = batch(order.sample(shown, 128))
         loss = model(input_ids=tokens, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 20 == 0:
+        if step % 5 == 0:
             rate = expected_pass_rate(model, held_out)
             if step % 100 == 0:
                 print(f"step {step}: loss {loss.item():.3f}, pass rate {rate:.3f}", flush=True)
