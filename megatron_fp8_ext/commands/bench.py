@@ -1,21 +1,16 @@
-"""`megatron-fp8 bench ...`: measure on this machine's GPU."""
+"""`megatron-fp8 bench ...`: measure on this machine."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from megatron_fp8_ext.files import write_atomically
 
-app = typer.Typer(help="Measure kernels on this machine's GPU.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keep `kernels` a command of a group while it is the only one."""
+app = typer.Typer(help="Measure kernels and conversions on this machine.", no_args_is_help=True)
 
 
 @app.command()
@@ -46,7 +41,36 @@ def kernels(
     record = bench.run(
         shape if tokens is None else replace(shape, tokens=tokens), budget_ms, sweep, only
     )
-    text = bench.markdown(record)
+    _write(output, record, bench.markdown(record))
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Option(help="shape: Qwen2.5-1.5B or Qwen2.5-7B")] = "Qwen2.5-7B",
+    folder: Annotated[
+        Path, typer.Option(help="scratch folder, three to four times the model; removed at the end")
+    ] = Path("runs/bench-convert.scratch"),
+    layers: Annotated[int | None, typer.Option(min=1, help="fewer than the model has")] = None,
+    main_params: Annotated[
+        bool, typer.Option(help="also a checkpoint with FP32 main parameters")
+    ] = True,
+    device: Annotated[str, typer.Option(help="of hf-to-fp8: auto, cpu or cuda")] = "auto",
+    output: Annotated[Path, typer.Option(help="prefix of the .json and .md files")] = Path(
+        "runs/bench-convert"
+    ),
+) -> None:
+    """Time and peak memory of every conversion, on random weights of a released model's shape."""
+    from megatron_fp8_ext.errors import UserError
+
+    try:
+        from megatron_fp8_ext.benchmark import conversion as bench
+    except ImportError as error:
+        raise UserError(f"bench convert needs {error.name}: pip install {error.name}") from error
+    record = bench.run(model, folder, layers, main_params, device)
+    _write(output, record, bench.markdown(record))
+
+
+def _write(output: Path, record: dict[str, Any], text: str) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in ((".json", json.dumps(record, indent=1) + "\n"), (".md", text)):
         write_atomically(output.with_name(output.name + suffix), content)

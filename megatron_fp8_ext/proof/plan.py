@@ -13,6 +13,7 @@ from megatron_fp8_ext.recipe import get_recipe
 
 BASELINE = "bf16"
 MEGATRON_DEFAULT_SEED = 1234
+RUN = "{run}"  # in a command: the name of the run's folder, RECIPE-seedN
 
 # What a member has of its own; everything else of the command is common to all. Flag -> takes a value.
 _OWN: dict[str, bool] = {
@@ -140,7 +141,8 @@ def plan(
     """Return the members, all recipes of a seed before the next seed, so that pairs come early.
 
     Args:
-        command: a training command with Megatron's flags, as a user types it.
+        command: a training command with Megatron's flags, as a user types it; `{run}` in it is the
+            name of each run's folder, so that a second stage can load what each run of a first one left.
         recipes: entries of `--recipes`; `bf16` is added in front where it is missing.
         seeds: how many: the command's own (or Megatron's 1234), and those after it.
         steps: iterations of each run; None takes the command's `--train-iters`.
@@ -172,7 +174,8 @@ def plan(
     for seed in range(first_seed, first_seed + seeds):
         for choice in choices:
             folder = output / f"{choice.label.replace(':', '-')}-seed{seed}"
-            argv = [*common, "--train-iters", str(steps), "--seed", str(seed)]
+            argv = [word.replace(RUN, folder.name) for word in common]
+            argv += ["--train-iters", str(steps), "--seed", str(seed)]
             if not arguments.has(command, "--log-interval"):
                 argv += ["--log-interval", "1"]
             if not arguments.has(command, "--log-throughput"):

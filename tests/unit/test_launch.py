@@ -152,7 +152,7 @@ def test_architecture_comes_from_config_json():
         == "500000"
     )
     assert (
-        architecture.flags({**QWEN_15B, "vocab_size": 151937}, 8)["padded-vocab-size"] == "151944"
+        architecture.flags({**QWEN_15B, "vocab_size": 151937}, 8)["padded-vocab-size"] == "152576"
     )
     assert architecture.flags({**QWEN_15B, "head_dim": 64}, 1)["kv-channels"] == "64"
     for broken in ({"model_type": "bert"}, {"hidden_size": "x"}, {"num_hidden_layers": 0}):
