@@ -24,7 +24,8 @@ def compare(
         int | None, typer.Option(help="iterations of each run (default: the command's)")
     ] = None,
     parallel: Annotated[
-        int | None, typer.Option(help="runs at a time (default: as many as the GPUs hold)")
+        int | None,
+        typer.Option(help="runs at a time (default: one a GPU); more than that share GPUs"),
     ] = None,
     stats_interval: Annotated[
         int | None,
@@ -33,12 +34,16 @@ def compare(
     score: Annotated[
         str | None, typer.Option(help="command run after each run; see docs/proof.md")
     ] = None,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="make data and starting weights; train nothing")
+    ] = False,
 ) -> None:
     """Train COMMAND (after `--`) once per recipe and seed, then write the report.
 
-    `demo` in place of COMMAND is the demo's small model on CPython's documentation. Interrupted, the same
-    command goes on where it stopped.
+    In place of COMMAND, with Megatron flags to add: `demo`, `smollm2-cpt`, `qwen2.5-0.4b` or `smollm2-sft`.
+    Interrupted, the same command goes on where it stopped.
     """
+    from megatron_fp8_ext.demo import proofs
     from megatron_fp8_ext.proof import page, plan, report, run
 
     page.require()
@@ -46,29 +51,31 @@ def compare(
     command = [word for i, word in enumerate(context.args) if i or word != "--"]
     if not command:
         raise UserError(
-            "compare what? give a training command after --, such as: megatron-fp8 compare --output runs/a "
-            "-- torchrun --nproc-per-node 1 pretrain_gpt.py FLAGS; or `demo`"
+            f"compare what? one of {', '.join(proofs.PROOFS)}; or a training command after --, such as: "
+            "megatron-fp8 compare --output runs/a -- torchrun --nproc-per-node 1 pretrain_gpt.py FLAGS"
         )
-    if command == ["demo"]:
-        from megatron_fp8_ext.demo import run as demo
-
-        command = demo.command(demo.corpus(output / "corpus" / "text", console), steps or 240)
-    elif command[0] == "demo":
-        raise UserError(f"demo takes no flags of its own: unknown {' '.join(command[1:])}")
+    if command[0] in proofs.PROOFS:
+        ready, steps = proofs.prepare(command, output / "start", steps, console)
+        command, score = list(ready.command), score or ready.score
     elif len(command) == 1:
         raise UserError(
-            f"'{command[0]}' alone is no training command; of a preset, "
-            "`megatron-fp8 run NAME --dry-run` prints it: paste it after --"
+            f"'{command[0]}' alone is no training command, nor one of {', '.join(proofs.PROOFS)}; of a "
+            "preset, `megatron-fp8 run NAME --dry-run` prints it: paste it after --"
         )
     names = [name for name in recipes.split(",") if name]
     members = plan.plan(command, names, seeds, steps, output, stats_interval)
+    if prepare:
+        console.print(
+            f"{len(members)} runs are ready in {output}: the same command without --prepare"
+        )
+        return
     try:
         run.execute(members, console, parallel, score)
     except KeyboardInterrupt:
         report.write([output], output, console)
         raise typer.Exit(130) from None
     found = report.write([output], output, console)
-    if any(each.run.status != "finished" for each in found.runs):
+    if not all(each.run.ended_well for each in found.runs):
         raise typer.Exit(1)
 
 

@@ -7,7 +7,6 @@ and after. Every run is a member of a comparison (`megatron-fp8 compare`), so an
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import shlex
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fp8_ext.demo import answers, reasoning, text
+from megatron_fp8_ext.demo.follow import quiet
 from megatron_fp8_ext.demo.run import ENTRY, RECIPES
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.files import write_atomically
@@ -91,12 +91,9 @@ def main(output: Path, samples: int | None, epochs: int | None) -> None:
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
     released = output / "released"
-    weights = _released_weights(released, output / "weights", console)
-    short, long, tests = _problems(output, scale)
-    score = shlex.join(
-        [sys.executable, "-m", "megatron_fp8_ext.demo.answers", "{checkpoints}", *map(str, tests),
-         "--hf-reference", str(released), "--max-tokens", str(scale.answer)]
-    )  # fmt: skip
+    weights = released_weights(released, output / "weights", console)
+    short, long, tests = problems(output, scale)
+    score = score_command(released, tests, scale)
     with console.status("answering held-out sums before training"):
         before = answers.exact_match(released, released, tests, scale.answer)
     stages = (
@@ -115,10 +112,23 @@ def main(output: Path, samples: int | None, epochs: int | None) -> None:
     )
 
 
-def _scale(samples: int | None, epochs: int | None) -> Scale:
+def known_scale() -> Scale:
+    """What this machine can do in minutes."""
     import torch
 
-    known = GPU if torch.cuda.is_available() else CPU
+    return GPU if torch.cuda.is_available() else CPU
+
+
+def score_command(released: Path, tests: Sequence[Path], scale: Scale) -> str:
+    """Return the command for `--score`: the share of right answers to each file of problems."""
+    return shlex.join(
+        [sys.executable, "-m", "megatron_fp8_ext.demo.answers", "{checkpoints}", *map(str, tests),
+         "--hf-reference", str(released), "--max-tokens", str(scale.answer)]
+    )  # fmt: skip
+
+
+def _scale(samples: int | None, epochs: int | None) -> Scale:
+    known = known_scale()
     scale = Scale(
         samples or known.samples, known.batch, epochs or known.epochs, known.held_out, known.answer
     )
@@ -127,24 +137,21 @@ def _scale(samples: int | None, epochs: int | None) -> Scale:
     return scale
 
 
-def _released_weights(released: Path, weights: Path, console: Console) -> Path:
+def released_weights(released: Path, weights: Path, console: Console) -> Path:
     """SmolLM2-135M-Instruct from its GGUF file, as a model folder and as a Megatron checkpoint."""
     from megatron_fp8_ext.checkpoint import gguf, megatron
 
     if not released.is_dir():
-        with (
-            console.status("SmolLM2-135M-Instruct: from GGUF to a Hugging Face folder"),
-            contextlib.redirect_stderr(io.StringIO()),  # bars of transformers' own
-        ):
+        with quiet(console, "SmolLM2-135M-Instruct: from GGUF to a Hugging Face folder"):
             gguf.gguf_to_hf(text.tokenizer_file(), released)
     if not weights.is_dir():
-        with console.status("and to Megatron"):
+        with quiet(console, "and to Megatron"):
             megatron.hf_to_megatron(released, weights)
     console.print(f"released weights: {weights}", soft_wrap=True)
     return weights
 
 
-def _problems(output: Path, scale: Scale) -> tuple[Path, Path, tuple[Path, Path]]:
+def problems(output: Path, scale: Scale) -> tuple[Path, Path, tuple[Path, Path]]:
     """Write both sets of samples and, for each, problems that neither holds."""
     short, long = (output / f"{name}-{scale.samples}.jsonl" for name in ("short", "long"))
     for file, seed, longest in ((short, 1236, 2), (long, 1237, 8)):
@@ -180,7 +187,7 @@ def _train(stage: Stage, output: Path, scale: Scale, score: str, console: Consol
     run.execute(members, console, score=score)
     found = report.write([output / name], output / name, console)
     for each in found.runs:
-        if each.run.status != "finished":
+        if not each.run.ended_well:
             raise UserError(
                 f"{name}: the {each.run.recipe} run stopped after {max(each.run.iterations, default=0)} "
                 f"of {steps} iterations: {each.run.why}; its log is {each.run.folder / 'log.txt'}"
@@ -210,7 +217,7 @@ def _next_start(found: Result, released: Path, console: Console) -> None:
 
     for each in found.runs:
         folder = each.run.folder
-        with console.status(f"{folder.name}: weights for the next stage"):
+        with quiet(console, f"{folder.name}: weights for the next stage"):
             if not (folder / "hf").is_dir():
                 megatron.megatron_to_hf(folder / "checkpoints", folder / "hf", released)
             if not (folder / "weights").is_dir():

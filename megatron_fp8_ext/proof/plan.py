@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.errors import UserError, unknown_name
-from megatron_fp8_ext.megatron_plugin import arguments, flags, stats_flags
+from megatron_fp8_ext.megatron_plugin import arguments, flags, packed_flags, stats_flags
 from megatron_fp8_ext.recipe import get_recipe
 
 BASELINE = "bf16"
@@ -36,6 +36,7 @@ _FIRST_START: dict[str, bool] = {
     "--finetune": False,
     "--no-load-optim": False,
     "--no-load-rng": False,
+    flags.MAIN_PARAMS: False,
     "--pretrained-checkpoint": True,
 }
 _NATIVE_FORMATS = {
@@ -220,6 +221,12 @@ def _check_schedule(command: Sequence[str], steps: int) -> None:
     if sum(parts.values()) > steps:
         shown = " + ".join(f"{flag} {value}" for flag, value in parts.items())
         raise UserError(f"{shown} is longer than --steps {steps}: shorten them in the command")
+
+
+def input_folders(command: Sequence[str]) -> list[Path]:
+    """Return the folders that the command reads: packed samples, and the checkpoint it starts from."""
+    written = (arguments.value(command, flag) for flag in (packed_flags.DATA, "--load"))
+    return [Path(word) for word in written if word is not None and Path(word).is_dir()]
 
 
 def data_prefixes(command: Sequence[str]) -> list[Path]:
