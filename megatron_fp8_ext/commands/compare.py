@@ -43,10 +43,12 @@ def compare(
     In place of COMMAND, with Megatron flags to add: `demo`, `smollm2-cpt`, `qwen2.5-0.4b` or `smollm2-sft`.
     Interrupted, the same command goes on where it stopped.
     """
-    from megatron_fp8_ext.demo import proofs
-    from megatron_fp8_ext.proof import page, plan, report, run
+    from megatron_fp8_ext.proof import page
 
     page.require()
+    from megatron_fp8_ext.demo import proofs
+    from megatron_fp8_ext.proof import plan, report, run
+
     console = Console()
     command = [word for i, word in enumerate(context.args) if i or word != "--"]
     if not command:

@@ -82,7 +82,7 @@ def test_expand_prints_a_command_to_paste():
         (["demo", "--iterations", "3"], "at least 20"),
         (["compare", "--output", "x"], "compare what?"),
         (["compare", "--output", "x", "qwen2.5-7b-cpt"], "alone is no training command"),
-        (["compare", "--output", "x", "demo", "--lr", "1"], "demo takes no flags"),
+        (["compare", "--output", "x", "demo", "fast"], "demo takes Megatron flags after it"),
         (["report", "/nowhere"], "no member.json"),
     ],
 )
