@@ -7,9 +7,12 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +45,11 @@ TRAINING = (
     "--split 98,2,0 --eval-iters 0 --eval-interval 1000000 --log-interval 1 --save-interval 1000 "
     "--seed 1236"
 ).split()
+# Flags of TRAINING that a schedule of ours replaces.
+NATIVE_SCHEDULE = tuple(
+    "--train-iters --lr --min-lr --lr-decay-style --lr-wsd-decay-style --lr-wsd-decay-iters "
+    "--lr-warmup-iters".split()
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run(argv: list[str], timeout: int = 400, **env: str) -> Outcome:
-    """Run a command with a clean environment of our variables, and parse its log."""
+def run(
+    argv: list[str],
+    timeout: int = 400,
+    kill: Callable[[subprocess.Popen[str]], None] | None = None,
+    **env: str,
+) -> Outcome:
+    """Run a command with a clean environment of our variables, and parse its log.
+
+    `kill` runs in a thread meanwhile, and may end the process (and its group).
+    """
     clean = {
         k: v
         for k, v in os.environ.items()
@@ -86,12 +102,20 @@ def run(argv: list[str], timeout: int = 400, **env: str) -> Outcome:
         clean.pop(name, None)
     path = os.pathsep.join(filter(None, (str(ROOT), clean.get("PYTHONPATH"))))
     clean |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
-    done = subprocess.run(
-        argv, capture_output=True, text=True, errors="replace", timeout=timeout, env=clean, cwd="/",
-        start_new_session=True,
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=clean,
+        cwd="/", start_new_session=True,
     )  # fmt: skip
-    output = done.stdout + done.stderr
-    return Outcome(done.returncode, output, list(training_log.parse(done.stdout.splitlines())))
+    if kill is not None:
+        threading.Thread(target=kill, args=(process,), daemon=True).start()
+    try:
+        printed, errors = process.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    parsed = list(training_log.parse(printed.splitlines()))
+    return Outcome(process.returncode, printed + errors, parsed)
 
 
 def _need_megatron() -> None:
@@ -173,6 +197,7 @@ def train(corpus: Path):
         launcher: bool = False,
         drop: dict[str, bool] | None = None,  # flag of MODEL -> whether it takes a value
         without: tuple[str, ...] = (),  # flags of TRAINING that take a value
+        kill: Callable[[subprocess.Popen[str]], None] | None = None,
         **env: str,
     ):
         data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
@@ -188,7 +213,7 @@ def train(corpus: Path):
         for flag in without:
             training = arguments.without(training, flag, takes_value=True)
         program = script if isinstance(script, tuple) else (str(script),)
-        outcome = run([*python, *program, *model, *training, *data, *flags], **env)
+        outcome = run([*python, *program, *model, *training, *data, *flags], kill=kill, **env)
         if ok:
             assert outcome.code == 0, outcome.output[-6000:]
         return outcome

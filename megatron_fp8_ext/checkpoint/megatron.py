@@ -13,18 +13,24 @@ from torch import Tensor
 
 from megatron_fp8_ext.checkpoint import architecture, huggingface, mapping, output
 from megatron_fp8_ext.checkpoint.architecture import Architecture
+from megatron_fp8_ext.checkpoint.buffers import BufferedMainParams, DoesNotFit
+from megatron_fp8_ext.checkpoint.fp8 import slabs
 from megatron_fp8_ext.checkpoint.huggingface import Folder
 from megatron_fp8_ext.checkpoint.mapping import Unit, check_shape
 from megatron_fp8_ext.checkpoint.report import Progress, Report, meter
 from megatron_fp8_ext.checkpoint.torch_dist import TorchDist, open_checkpoint
 from megatron_fp8_ext.checkpoint.torch_dist_writer import TorchDistWriter
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import sync
+from megatron_fp8_ext.fp8 import reference
+from megatron_fp8_ext.recipe import ScaleFormat
 
 FLAGS_FILE = "megatron_flags.txt"
 BF16 = torch.bfloat16
 
 # FP32 main parameters: the plain and Megatron 0.14's optimizer, the fully reshardable one from 0.17.
 _MAIN_PARAM = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)")
+_SCALE_FORMATS: tuple[ScaleFormat, ...] = ("power_of_two", "float32")
 _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state", "common_state", "opt_param_")
 
 
@@ -53,10 +59,23 @@ class MegatronWeights:
             if (match := _MAIN_PARAM.fullmatch(name))
         }
         wanted = {name for name, _ in self._names.values()}
-        self.from_main_params = use_main_params and wanted <= set(main)
-        self._main = main if self.from_main_params else {}
+        self._main = main if use_main_params and wanted <= set(main) else {}
         self._check_shapes()
-        self.notes.append(self._source_note(use_main_params))
+        self._buffers: BufferedMainParams | None = None
+        why = "" if use_main_params else "not asked for"
+        if use_main_params and not self._main:
+            self._buffers, why = self._open_buffers()
+        self.from_main_params = bool(self._main) or self._buffers is not None
+        self.notes.append(self._source_note(why))
+
+    def _open_buffers(self) -> tuple[BufferedMainParams | None, str]:
+        """Return main parameters without names, or why there are none."""
+        if not any(".gbuf_idx_" in name for name in self.checkpoint.tensors):
+            return None, "no main parameters in the checkpoint"
+        try:
+            return BufferedMainParams(self.checkpoint, self.arch, self.arguments), ""
+        except DoesNotFit as error:
+            return None, f"main parameters are whole buffers without names, and {error}"
 
     def _check_arguments(self) -> None:
         if not self.arguments:
@@ -135,10 +154,15 @@ class MegatronWeights:
                     shape = (self.arch.vocab_size, *shape[1:])
                 check_shape(stored, shape, unit.megatron_shape, str(self.checkpoint.path))
 
-    def _source_note(self, asked: bool) -> str:
+    def _source_note(self, why: str) -> str:
         if self.from_main_params:
-            return "read from the FP32 main parameters, rounded to BF16 as training rounds before it casts"
-        why = "not asked for" if not asked else "no main parameters by name in the checkpoint"
+            where = ""
+            if self._buffers is not None:
+                where = " (out of the optimizer's buffers, each value held to the weight beside it)"
+            return (
+                f"read from the FP32 main parameters{where}, rounded to BF16 as training rounds before it "
+                "casts"
+            )
         gathered = self.arguments.get("fp8_param_gather", self.arguments.get("fp8_param"))
         if gathered is False or (self.arguments and gathered is None):
             return f"read from the model's weights ({why}), which are the BF16 that training casts"
@@ -164,16 +188,50 @@ class MegatronWeights:
         name, _ = self._names[unit.megatron, unit.layer]
         stored = self.checkpoint.tensors[self._main.get(name, name)]
         dtype: torch.dtype = getattr(torch, stored.dtype)
-        return math.prod(unit.megatron_shape) * dtype.itemsize
+        of_buffers = 4 if self._buffers is not None else 0
+        return math.prod(unit.megatron_shape) * (dtype.itemsize + of_buffers)
 
     def read(self, unit: Unit) -> dict[str, Tensor]:
         """Return a unit's Hugging Face tensors, BF16."""
         name, layer = self._names[unit.megatron, unit.layer]
         value = self.checkpoint.read(self._main.get(name, name), layer, dtype=BF16)
+        if self._buffers is not None:
+            value = self._held_to(value, unit, self._buffers)
         if unit.row.layout is mapping.VOCABULARY:
             value = value[: self.arch.vocab_size]
         parts = unit.row.layout.split(value, self.arch)
         return dict(zip(unit.hf, parts, strict=True))
+
+    def _held_to(self, weight: Tensor, unit: Unit, buffers: BufferedMainParams) -> Tensor:
+        """Return a main parameter, BF16, once every rank's part is what its weight was made from.
+
+        Raises:
+            UserError: it is not.
+        """
+        parts = buffers.read(unit)
+        for main, stored in zip(parts, buffers.cut(unit, weight), strict=True):
+            if not (torch.equal(main, stored) or (unit.row.fp8 and _is_cast_of(main, stored))):
+                where = (
+                    unit.megatron if unit.layer is None else f"{unit.megatron}, layer {unit.layer}"
+                )
+                raise UserError(
+                    f"{self.checkpoint.path}: the main parameters in the optimizer's buffers do not round "
+                    f"to the weights ({where}): one of them is of another state; convert the weights with "
+                    "--no-main-params"
+                )
+        return buffers.join(unit, parts)
+
+
+def _is_cast_of(main: Tensor, weight: Tensor) -> bool:
+    """Whether `weight` is `main` (both BF16) through FP8 in 128x128 blocks, as Megatron saves it."""
+
+    def cast(rows: slice, scale_format: ScaleFormat) -> Tensor:
+        return reference.quantize_weight(main[rows], scale_format).dequantize(BF16)
+
+    return any(
+        all(torch.equal(cast(rows, how), weight[rows]) for rows in slabs(tuple(main.shape)))
+        for how in _SCALE_FORMATS
+    )
 
 
 def megatron_to_hf(
@@ -311,13 +369,13 @@ def hf_to_megatron(
         ):
             with (partial / file).open("w", encoding="utf-8") as opened:
                 opened.write(text)
-                output.sync(opened)
+                sync(opened)
     return Report(target, len(todo), counter.done, counter.seconds, tuple(notes))
 
 
 def _empty_states(arch: Architecture) -> Iterator[str]:
     """Names TransformerEngine's layers ask for; block scaling keeps nothing in them."""
-    for name in mapping.EXTRA_STATES:
+    for name in mapping.extra_states(arch):
         for layer in range(arch.num_layers):
             yield f"{name}._extra_state/shard_{layer}_{arch.num_layers}"
     yield "decoder.final_layernorm._extra_state/shard_0_1"

@@ -26,7 +26,7 @@ from megatron_fp8_ext.files import write_atomically
 from megatron_fp8_ext.proof import figures, page, plan, report, run
 from megatron_fp8_ext.proof.result import Result
 
-SEQ_LENGTH = 2048
+SEQ_LENGTH = 4096  # of a pack; the longest sample has about 900
 TRAINING = (
     f"--seq-length {SEQ_LENGTH} --bf16 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable "
     "--lr-decay-style cosine --lr-warmup-fraction 0.05 --adam-beta2 0.95 --weight-decay 0 "
@@ -105,9 +105,11 @@ def main(output: Path, samples: int | None, epochs: int | None) -> None:
         found.append(_train(stage, output, scale, score, console))
         if stage.number < len(stages):
             _next_start(found[-1], released, console)
-    _write(output, found)
-    _print(found, before, console)
-    console.print(f"losses.csv, loss-stage1.svg, loss-stage2.svg: in {output}", soft_wrap=True)
+    console.print(_write(output, found, before))
+    console.print(
+        f"{output}: summary.md, losses.csv, loss-stage1.svg, loss-stage2.svg, and the report of each stage",
+        soft_wrap=True,
+    )
 
 
 def known_scale() -> Scale:
@@ -181,7 +183,7 @@ def _train(stage: Stage, output: Path, scale: Scale, score: str, console: Consol
     )
     steps = shown.samples * scale.epochs // scale.batch
     argv = command(output / "weights", packed, stage, scale.batch, steps)
-    members = plan.plan(argv, RECIPES, 1, steps, output / name)
+    members = plan.plan(argv, RECIPES, 1, steps, output / name, stats_interval=max(steps // 4, 1))
     run.execute(members, console, score=score)
     found = report.write([output / name], output / name, console)
     for each in found.runs:
@@ -222,30 +224,39 @@ def _next_start(found: Result, released: Path, console: Console) -> None:
                 megatron.hf_to_megatron(folder / "hf", folder / "weights")
 
 
-def _write(output: Path, found: Sequence[Result]) -> None:
-    """Write `losses.csv` (one row a step) and a picture of each stage."""
+def _write(output: Path, found: Sequence[Result], before: dict[str, float]) -> Table:
+    """Write `losses.csv` (one row a step), a picture of each stage and `summary.md`; return its table."""
     rows = io.StringIO()
-    table = csv.writer(rows, lineterminator="\n")
-    table.writerow(["stage", "step", *RECIPES])
+    losses = csv.writer(rows, lineterminator="\n")
+    losses.writerow(["stage", "step", *RECIPES])
     for number, result in enumerate(found, 1):
-        losses = {each.run.recipe: each.run.losses for each in result.runs}
+        columns = {each.run.recipe: each.run.losses for each in result.runs}
         for step in range(1, result.steps + 1):
-            cells = (losses[recipe].get(step) for recipe in RECIPES)
-            table.writerow([number, step, *("" if c is None else f"{c:.6f}" for c in cells)])
+            cells = (columns[recipe].get(step) for recipe in RECIPES)
+            losses.writerow([number, step, *("" if c is None else f"{c:.6f}" for c in cells)])
         for picture in figures.draw(result):
             if picture.title == "Loss":
                 write_atomically(output / f"loss-stage{number}.svg", picture.svg)
     write_atomically(output / "losses.csv", rows.getvalue())
-
-
-def _print(found: Sequence[Result], before: dict[str, float], console: Console) -> None:
-    table = Table("stage", "recipe", "steps", "first loss", "final loss", *before, box=None)
-    table.add_row("released", "", "", "", "", *(f"{value:.1%}" for value in before.values()))
+    head = ("stage", "recipe", "steps", "first loss", "final loss", *before)
+    body = [("released", "", "", "", "", *(f"{value:.1%}" for value in before.values()))]
     for number, result in enumerate(found, 1):
         for each in result.runs:
             scores = (f"{each.run.scores[name]:.1%}" for name in before)
-            table.add_row(
-                str(number), each.run.recipe, str(result.steps), f"{each.run.losses[1]:.4f}",
-                f"{each.final_loss:.4f}", *scores,
-            )  # fmt: skip
-    console.print(table)
+            first, final = f"{each.run.losses[1]:.4f}", f"{each.final_loss:.4f}"
+            row = (str(number), each.run.recipe, str(result.steps), first, final, *scores)
+            body.append(row)
+    versions = ", ".join(f"{name} {value}" for name, value in sorted(found[0].versions.items()))
+    lines = ["# Two SFT stages of SmolLM2-135M-Instruct, BF16 and infir2", "", f"{versions}.", ""]
+    lines += [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
+    lines += ["", "Final loss: mean of the last fifth of the steps.", ""]
+    lines += [
+        f"Stage {number}, {each.run.recipe}:\n\n```\n{shlex.join(each.run.described['argv'])}\n```\n"
+        for number, result in enumerate(found, 1)
+        for each in result.runs
+    ]
+    write_atomically(output / "summary.md", "\n".join(lines))
+    table = Table(*head, box=None)
+    for row in body:
+        table.add_row(*row)
+    return table

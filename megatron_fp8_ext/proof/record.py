@@ -19,7 +19,7 @@ MEMBER, STATE, SCORES = "member.json", "state.json", "scores.json"
 
 Status = Literal["finished", "crashed", "interrupted", "not started"]
 _MEMORY = re.compile(r"memory \(MB\).*\| max allocated: ([\d.]+).*\| max reserved: ([\d.]+)")
-_VERSIONS = "megatron_fp8_ext: versions: "
+VERSIONS = "megatron_fp8_ext: versions: "
 _CASTS = re.compile(r"emulated casts on rank 0: (.*)")
 # Where these lead is no difference: what lies there is compared by its digest.
 _PLACES = {
@@ -181,8 +181,8 @@ def _iterations(lines: Iterable[str]) -> tuple[dict[int, Iteration], dict[int, f
 def _versions(lines: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in lines:
-        if line.startswith(_VERSIONS):
-            found = json.loads(line[len(_VERSIONS) :])
+        if line.startswith(VERSIONS):
+            found = json.loads(line[len(VERSIONS) :])
     return found
 
 

@@ -185,9 +185,13 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
+def peak_teraflops(device: str) -> float | None:
+    """Return the dense BF16 peak of a GPU by its name, in TFLOP/s; None if it is not known."""
+    return next((value for word, value in _PEAK_TERAFLOPS.items() if word in device), None)
+
+
 def _mfu(run: Run) -> float | None:
-    device = run.versions.get("device", "")
-    peak = next((value for word, value in _PEAK_TERAFLOPS.items() if word in device), None)
+    peak = peak_teraflops(run.versions.get("device", ""))
     rates = [i.teraflops for i in run.iterations.values() if i.teraflops]
     if peak is None or not rates:
         return None

@@ -140,8 +140,7 @@ def pack(
 def _job(paths: list[Path], chat: ChatTemplate, options: Options) -> str:
     files = []
     for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist")
+        inputs.check(path)
         stat = path.stat()
         files.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     parts = [shards.FORMAT, chat.fingerprint(), asdict(options), files]
@@ -156,11 +155,13 @@ def _claim(folder: Path, job: str) -> None:
             found = json.loads(file.read_text())["job"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged; delete {folder} and pack again") from error
-        if found != job:
+        if found != job and any(folder.glob("shard-*.json")):
             raise UserError(
                 f"{folder} holds other inputs, another tokenizer, template or options; give another "
                 "--output, or delete it"
             )
+        if found != job:  # it came to nothing, such as for a line that is mended now
+            write_atomically(file, json.dumps({"job": job}))
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder} is not empty; give a new directory")

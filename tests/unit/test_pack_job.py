@@ -135,6 +135,30 @@ def test_broken_lines_stop_with_their_number_or_are_counted(tmp_path, chat):
     assert len(contents(tmp_path / "drop")) == 2
 
 
+def test_half_of_a_surrogate_pair_is_a_broken_line(tmp_path, chat):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "a", "response": "x \\ud800"}\n' + json.dumps(record(1)) + "\n")
+    with pytest.raises(UserError, match=r"a.jsonl, line 1: .*surrogate"):
+        pack_job.pack([file], chat, tmp_path / "out", options())
+    # Nothing came of it, so the mended file may take its place.
+    write(file, [record(1)])
+    pack_job.pack([file], chat, tmp_path / "out", options())
+    assert len(contents(tmp_path / "out")) == 1
+
+
+def test_wrong_files_leave_nothing_behind(tmp_path, chat):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "a.txt").write_text("x")
+    for name, words in (
+        ("", "is a directory"),
+        ("empty.jsonl", "is empty"),
+        ("a.txt", "only .jsonl and .parquet"),
+    ):
+        with pytest.raises(UserError, match=words):
+            pack_job.pack([tmp_path / name], chat, tmp_path / "out", options())
+        assert not (tmp_path / "out").exists()
+
+
 def test_parquet_rows_are_the_same_samples(tmp_path, chat):
     pyarrow = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")

@@ -111,6 +111,14 @@ def test_resumed_member_loads_its_own_checkpoint(tmp_path):
     assert "--finetune" not in argv and "--no-load-optim" not in argv
 
 
+def test_a_second_stage_loads_what_each_run_of_the_first_left(tmp_path):
+    command = ["x", "--load", "stage1/{run}/weights"]
+    found = plan.plan(command, ["bf16", "infir2"], 1, 20, tmp_path)
+    loads = [member.argv[member.argv.index("--load") + 1] for member in found]
+    assert loads == ["stage1/bf16-seed1234/weights", "stage1/infir2-seed1234/weights"]
+    assert found[0].common == found[1].common  # so the two may be compared
+
+
 def test_finished_comparison(trainer, tmp_path):
     run.execute(members(trainer, tmp_path / "out"), QUIET)
     found = result.build(record.read_all([tmp_path / "out"]))
