@@ -44,7 +44,6 @@ class TEGemm:
 
     def fprop(self, x: BlockCast, weight: Any, bias: Tensor | None = None) -> Tensor:
         """x W^T + b, `[M, N]` BF16."""
-        x = BlockCast(x.rows, None, x.square)
         y: Tensor = self._gemm(
             weight, _wrap(x), out_dtype=torch.bfloat16, bias=bias, use_split_accumulator=True
         )[0]
@@ -55,7 +54,7 @@ class TEGemm:
         weight.update_usage(columnwise_usage=True)
         dx: Tensor = self._gemm(
             weight,
-            _wrap(BlockCast(dy.rows, None)),
+            _wrap(dy),
             layout="NN",
             grad=True,
             out_dtype=torch.bfloat16,
@@ -66,8 +65,8 @@ class TEGemm:
     def wgrad(self, x: BlockCast, dy: BlockCast, out: Tensor | None, accumulate: bool) -> Tensor:
         """dy^T x, `[N, K]`, into `out` (its dtype; added to it, if `accumulate`) or as new BF16."""
         dw: Tensor = self._gemm(
-            _wrap(BlockCast(None, x.columns)),
-            _wrap(BlockCast(None, dy.columns)),
+            _wrap(x._replace(rows=None)),
+            _wrap(dy),
             layout="NT",
             grad=True,
             out=out,
