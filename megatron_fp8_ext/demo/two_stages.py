@@ -251,7 +251,7 @@ def _write(output: Path, found: Sequence[Result], before: dict[str, float]) -> T
     lines += [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
     lines += ["", "Final loss: mean of the last fifth of the steps.", ""]
     lines += [
-        f"Stage {number}, {each.run.recipe}:\n\n```\n{shlex.join(each.run.described['argv'])}\n```\n"
+        f"Stage {number}, {each.run.recipe}:\n\n```\n{shlex.join(['python', *each.run.described['argv'][1:]])}\n```\n"
         for number, result in enumerate(found, 1)
         for each in result.runs
     ]
