@@ -250,11 +250,10 @@ def _write(output: Path, found: Sequence[Result], before: dict[str, float]) -> T
     lines = ["# Two SFT stages of SmolLM2-135M-Instruct, BF16 and infir2", "", f"{versions}.", ""]
     lines += [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
     lines += ["", "Final loss: mean of the last fifth of the steps.", ""]
-    lines += [
-        f"Stage {number}, {each.run.recipe}:\n\n```\n{shlex.join(each.run.described['argv'])}\n```\n"
-        for number, result in enumerate(found, 1)
-        for each in result.runs
-    ]
+    for number, result in enumerate(found, 1):
+        for each in result.runs:
+            argv = shlex.join(["python", *each.run.described["argv"][1:]])
+            lines.append(f"Stage {number}, {each.run.recipe}:\n\n```\n{argv}\n```\n")
     write_atomically(output / "summary.md", "\n".join(lines))
     table = Table(*head, box=None)
     for row in body:
