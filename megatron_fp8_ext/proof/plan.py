@@ -8,7 +8,13 @@ from pathlib import Path
 
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.errors import UserError, unknown_name
-from megatron_fp8_ext.megatron_plugin import arguments, flags, packed_flags, stats_flags
+from megatron_fp8_ext.megatron_plugin import (
+    arguments,
+    flags,
+    fused_flags,
+    packed_flags,
+    stats_flags,
+)
 from megatron_fp8_ext.recipe import get_recipe
 
 BASELINE = "bf16"
@@ -44,6 +50,12 @@ _NATIVE_FORMATS = {
     "tensorwise": "hybrid",
     "mxfp8": "e4m3",
     "blockwise": "e4m3",
+}
+# Of our own recipes: what comes after the colon -> flags.
+_OPTIONS = {
+    "emulated": (flags.EMULATE,),
+    "unfused": (fused_flags.OFF,),
+    "stash": (fused_flags.STASH,),
 }
 
 
@@ -107,8 +119,9 @@ class Member:
 def choose(text: str) -> Choice:
     """Read one entry of `--recipes`: NAME, or NAME:OPTION.
 
-    The option of our recipes is `emulated`; of Megatron's own (delayed, tensorwise, mxfp8, blockwise)
-    the FP8 format, `e4m3` or `hybrid`. Negative controls are always emulated.
+    The option of our recipes is `emulated`, `unfused` (TransformerEngine's layers) or `stash` (fc1's output
+    kept in FP8); of Megatron's own (delayed, tensorwise, mxfp8, blockwise) the FP8 format, `e4m3` or
+    `hybrid`. Negative controls are always emulated.
 
     Raises:
         UserError: unknown recipe or option.
@@ -124,11 +137,12 @@ def choose(text: str) -> Choice:
             "recipe in --recipes", name, (*registry.names("recipe"), *_NATIVE_FORMATS)
         )
     recipe = get_recipe(name)
-    if option not in ("", "emulated") or (option and not recipe.is_fp8):
-        only = "has no option" if not recipe.is_fp8 else "has one option, 'emulated'"
+    known = ("emulated",) if recipe.control else tuple(_OPTIONS) if recipe.is_fp8 else ()
+    if option and option not in known:
+        only = f"has the options {', '.join(known)}" if known else "has no option"
         raise UserError(f"--recipes {text}: {name} {only}")
-    emulate = (flags.EMULATE,) if option or recipe.control else ()
-    return Choice(text, (flags.RECIPE, name, *emulate), recipe.is_fp8, recipe.control)
+    added = _OPTIONS["emulated" if recipe.control else option] if option or recipe.control else ()
+    return Choice(text, (flags.RECIPE, name, *added), recipe.is_fp8, recipe.control)
 
 
 def plan(
@@ -152,8 +166,8 @@ def plan(
             most 100.
 
     Raises:
-        UserError: a recipe is unknown or named twice; the command has no length, or a schedule
-            that does not fit into it.
+        UserError: a recipe is unknown or named twice; the command has no length, a schedule that does
+            not fit into it, or a flag that only some of the runs could take.
     """
     choices = [choose(entry) for entry in recipes]
     if BASELINE not in [choice.label for choice in choices]:
@@ -164,6 +178,11 @@ def plan(
             raise UserError(f"--recipes names {label} twice; drop one")
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: at least 1 (2 for a verdict)")
+    written = arguments.first_written(command, fused_flags.FLAGS)
+    if written is not None:
+        raise UserError(
+            f"{written} is for FP8 runs alone: write infir2:unfused or infir2:stash instead"
+        )
     steps = _steps(command, steps)
     _check_schedule(command, steps)
     first_seed = int(arguments.value(command, "--seed") or MEGATRON_DEFAULT_SEED)

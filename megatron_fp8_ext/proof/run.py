@@ -257,7 +257,7 @@ def _run(
             _attempt(member, place, stop, bar, sharing)
         if score is not None and record.status(member.folder) == "finished":
             try:
-                _score(member, place, score)
+                _score(member, place, score, stop)
             except UserError as error:  # shown with the run; the others go on
                 bar.console.print(f"[red]{member.name}[/]: {error}", soft_wrap=True)
                 state = json.loads((member.folder / record.STATE).read_text())
@@ -321,8 +321,8 @@ def _attempt(
         bar.update(task, note=f"[red]{status}[/]: {words[:90]}")
 
 
-def _score(member: Member, place: str | None, command: str) -> None:
-    """Run the score command and keep what it measured.
+def _score(member: Member, place: str | None, command: str, stop: threading.Event) -> None:
+    """Run the score command and keep what it measured; nothing where it was stopped.
 
     Raises:
         UserError: it failed, or its last line is no JSON object of numbers.
@@ -337,18 +337,25 @@ def _score(member: Member, place: str | None, command: str) -> None:
     for name, value in places.items():
         words = [word.replace(name, value) for word in words]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, env=_environment(place))
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+            env=_environment(place), start_new_session=True,
+        )  # fmt: skip
     except OSError as error:
         raise UserError(f"--score: {error}") from error
-    (member.folder / "score.txt").write_text(done.stdout + done.stderr)
-    lines = done.stdout.strip().splitlines()
+    threading.Thread(target=_end_on, args=(stop, process), daemon=True).start()
+    printed, complained = process.communicate()
+    (member.folder / "score.txt").write_text(printed + complained)
+    if stop.is_set():
+        return
+    lines = printed.strip().splitlines()
     try:
-        found: Any = json.loads(lines[-1]) if done.returncode == 0 and lines else None
+        found: Any = json.loads(lines[-1]) if process.returncode == 0 and lines else None
         scores = {str(name): float(value) for name, value in found.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--score of {member.name} ended with exit code {done.returncode} and no JSON object of numbers "
-            f"in its last line; its output is {member.folder / 'score.txt'}"
+            f"--score of {member.name} ended with exit code {process.returncode} and no JSON object of "
+            f"numbers in its last line; its output is {member.folder / 'score.txt'}"
         ) from error
     write_atomically(member.folder / record.SCORES, json.dumps(scores))
     state = json.loads((member.folder / record.STATE).read_text())

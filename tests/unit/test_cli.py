@@ -81,8 +81,10 @@ def test_expand_prints_a_command_to_paste():
         (["expand", "--", "--bf16", "--fp16", "--fp8-recipe", "infir2"], "contradicts --fp16"),
         (["demo", "--iterations", "3"], "at least 20"),
         (["compare", "--output", "x"], "compare what?"),
-        (["compare", "--output", "x", "qwen2.5-7b-cpt"], "alone is no training command"),
-        (["compare", "--output", "x", "demo", "--lr", "1"], "demo takes no flags"),
+        (["compare", "--output", "x", "qwen2.5-7b-ctp"], "alone is no training command"),
+        (["compare", "--output", "x", "qwen2.5-7b-cpt"], "the training data is not given"),
+        (["compare", "--output", "x", "qwen2.5-7b-cpt", "data"], "write it as key=value"),
+        (["compare", "--output", "x", "demo", "fast"], "demo takes Megatron flags after it"),
         (["report", "/nowhere"], "no member.json"),
     ],
 )

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -92,7 +93,10 @@ def test_plan_gives_each_member_its_own_flags(tmp_path):
     ("recipes", "command", "words"),
     [
         (["infr2"], ["x"], "did you mean 'infir2'"),
-        (["infir2:e4m3"], ["x"], "has one option, 'emulated'"),
+        (["infir2:e4m3"], ["x"], "has the options emulated, unfused, stash"),
+        (["control-1bit:stash"], ["x"], "has the options emulated"),
+        (["bf16:emulated"], ["x"], "has no option"),
+        (["infir2"], ["x", "--infir2-fp8-stash"], "infir2:unfused or infir2:stash"),
         (["delayed:x"], ["x"], "e4m3 or hybrid"),
         (["infir2", "infir2"], ["x"], "names infir2 twice"),
         (["infir2"], ["x", "--train-samples", "5"], "replace --train-samples by --steps"),
@@ -283,6 +287,26 @@ def test_another_start_or_other_samples_are_not_compared(flag, trainer, tmp_path
     record.read_all([tmp_path / "a", tmp_path / "c"])
     with pytest.raises(UserError, match=r"the data 'given' is not the same \(3 and 3 bytes\)"):
         record.read_all([tmp_path / "a", tmp_path / "b"])
+
+
+def test_an_interrupted_score_is_ended(trainer, tmp_path):
+    planned = members(trainer, tmp_path, recipes=["bf16"], seeds=1)
+    started = tmp_path / "started"
+    code = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    score = f"{sys.executable} -c {json.dumps(code)}"
+
+    def interrupt():
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run.execute(planned, QUIET, score=score)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+    found = record.read(planned[0].folder)
+    assert found.ended_well and not found.scores  # it is scored when the command is given again
 
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=8))
