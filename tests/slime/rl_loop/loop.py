@@ -1,6 +1,6 @@
 """The loop as a user starts it: our launcher, slime's train.py, Ray, Megatron, and a rollout server over HTTP.
 
-python -m rl_loop.loop OUT --sft FOLDER [--seed 1] [--lr 3e-4] [--rollouts 30] [--recipe infir2-rl] [--served fp32]
+python -m rl_loop.loop OUT --sft FOLDER [--seed 1] [--lr 5e-5] [--rollouts 30] [--recipe infir2-rl] [--served fp32]
 
 Of slime v0.3 everything runs unmodified: train.py, its parser, RolloutManager, data source, `generate_rollout`, reward
 path, GRPO, the Megatron actor, loss, checkpoints, and the weight push (`--update-weight-transport disk`: FP8 files of
@@ -54,7 +54,7 @@ class Settings:
 
     sft: Path
     seed: int = 1
-    lr: float = 3e-4
+    lr: float = 5e-5
     rollouts: int = 30
     recipe: str = "infir2-rl"
     served: str = "fp32"
