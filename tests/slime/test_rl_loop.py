@@ -68,7 +68,7 @@ def test_reward_on_held_out_problems_rises(slime, sft, tmp_path, seed):
     before, after, error = loop.gain(outcome)
     assert 0.2 <= before <= 0.6
     assert after - before > 2 * error
-    assert len(outcome.differences) == 30
+    assert len(outcome.differences) == 60
     assert max(mean for _, mean, _ in outcome.differences.values()) < LIMIT
 
 

@@ -1,6 +1,6 @@
 """The loop as a user starts it: our launcher, slime's train.py, Ray, Megatron, and a rollout server over HTTP.
 
-python -m rl_loop.loop OUT --sft FOLDER [--seed 1] [--lr 3e-4] [--rollouts 30] [--recipe infir2-rl] [--served fp32]
+python -m rl_loop.loop OUT --sft FOLDER [--seed 1] [--lr 5e-5] [--rollouts 60] [--recipe infir2-rl] [--served fp32]
 
 Of slime v0.3 everything runs unmodified: train.py, its parser, RolloutManager, data source, `generate_rollout`, reward
 path, GRPO, the Megatron actor, loss, checkpoints, and the weight push (`--update-weight-transport disk`: FP8 files of
@@ -8,7 +8,7 @@ our cast, loaded by the server). Not slime's: the rollout server (server.py stan
 a machine without a GPU the accelerator called `cpu` (on_cpu/), one pretended GPU for Ray's scheduler, gloo for NCCL, and
 this package's emulation for FP8 GEMMs. With `--device cuda` training is TransformerEngine's on a real GPU.
 
-OUT gets held_out.jsonl (one line an evaluation), steps.jsonl (train/rollout difference of each step) and run.log.
+OUT gets held_out_rewards.jsonl (one line an evaluation), run.log, server.log and tensorboard/.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class Settings:
 
     sft: Path
     seed: int = 1
-    lr: float = 3e-4
-    rollouts: int = 30
+    lr: float = 5e-5
+    rollouts: int = 60
     recipe: str = "infir2-rl"
     served: str = "fp32"
     fault: str = "none"
     after: int = 0
     save_interval: int | None = None
-    eval_interval: int = 30
+    eval_interval: int = 60
     device: str = "cpu"
     limit: float | None = None
     extra: tuple[str, ...] = ()

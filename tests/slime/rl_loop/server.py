@@ -285,6 +285,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     Handler.engine, Handler.workers = Engine(chosen.model, chosen.fault, chosen.after), []
+    ThreadingHTTPServer.request_queue_size = 1024  # slime opens hundreds of connections at once
     server = ThreadingHTTPServer(("127.0.0.1", chosen.port), Handler)
     server.daemon_threads = True
     print(f"listening on 127.0.0.1:{chosen.port}", flush=True)
