@@ -112,7 +112,12 @@ def test_a_tiny_model_on_the_cpu(tmp_path):
 @pytest.mark.megatron
 @pytest.mark.slow
 def test_a_side_that_fails_is_one_line(tmp_path):
-    done = run([*CLI, *"--model tiny --seq-length 128 --compare te-blockwise".split(),
-                "--output", str(tmp_path / "x")])  # fmt: skip
+    small = "--model tiny --seq-length 128 --iterations 1 --warm-up 0 --compare te-blockwise"
+    out = tmp_path / "x"
+    done = run([*CLI, *small.split(), "--output", str(out)])
     assert done.code == 2 and "te-blockwise failed: " in done.output
     assert not (tmp_path / "x.json").exists()
+    # Beside another one it does not cost that one's figures.
+    done = run([*CLI, *f"{small},bf16".split(), "--output", str(out)])
+    assert done.code == 2 and "te-blockwise failed: " in done.output
+    assert "| | bf16 |" in (tmp_path / "x.md").read_text()
