@@ -70,6 +70,9 @@ def step(
     ] = "bf16,te-blockwise,infir2",
     iterations: Annotated[int, typer.Option(help="iterations that count")] = 10,
     warm_up: Annotated[int, typer.Option(help="iterations before them")] = 4,
+    skip_optimizer: Annotated[
+        bool, typer.Option("--skip-optimizer", help="no optimizer step, no memory for its moments")
+    ] = False,
     timeout: Annotated[float, typer.Option(help="seconds for each side")] = 600.0,
     output: Annotated[
         Path, typer.Option(help="prefix of the .json, .md, .svg and .log files")
@@ -95,6 +98,7 @@ def step(
         tensor_parallel=tensor_parallel,
         iterations=iterations,
         warm_up=warm_up,
+        skip_optimizer=skip_optimizer,
     )
     sides = names.parse(compare)
     output.parent.mkdir(parents=True, exist_ok=True)
