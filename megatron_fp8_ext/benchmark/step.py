@@ -42,6 +42,7 @@ class Step:
         tensor_parallel: GPUs, tensor-parallel with sequence parallelism.
         iterations: measured.
         warm_up: iterations before them.
+        skip_optimizer: leave the optimizer's step out, and with it the memory of its moments.
     """
 
     model: str
@@ -52,10 +53,11 @@ class Step:
     tensor_parallel: int = 1
     iterations: int = 10
     warm_up: int = 4
+    skip_optimizer: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, int) and value < (0 if name == "warm_up" else 1):
+            if type(value) is int and value < (0 if name == "warm_up" else 1):
                 raise UserError(f"bench step: --{name.replace('_', '-')} {value} is too small")
 
 
@@ -101,7 +103,8 @@ def measure(step: Step, side: Side, log: Path, timeout: float) -> dict[str, Any]
         if step.tensor_parallel > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone"]
             launcher += ["--nproc-per-node", str(step.tensor_parallel)]
-        whole = [*launcher, *module, str(out), str(step.warm_up), *argv]
+        optimizer = "skip" if step.skip_optimizer else "step"
+        whole = [*launcher, *module, str(out), str(step.warm_up), optimizer, *argv]
         own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         environ = {name: value for name, value in os.environ.items() if name not in own}
         environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -177,7 +180,8 @@ def markdown(step: Step, versions: dict[str, str], sides: list[dict[str, Any]]) 
         f"{step.model}, {step.seq_length} tokens x {step.micro_batch_size}, {step.micro_batches} "
         f"micro-batch(es), {tokens} random tokens a step, tensor parallel {step.tensor_parallel}; "
         f"median of {step.iterations} iterations after {step.warm_up} (10 to 90 %), ms; in brackets "
-        f"the ratio to {base['side']}  ",
+        f"the ratio to {base['side']}"
+        f"{'; the optimizer never stepped, its moments take no memory' * step.skip_optimizer}  ",
         "",
         "| | " + " | ".join(side["side"] for side in sides) + " |",
         "|---|" + "---|" * len(sides),
@@ -226,6 +230,8 @@ def picture(sides: list[dict[str, Any]], path: Path) -> bool:
     names = [side["side"] for side in sides]
     start = [0.0] * len(sides)
     for part in ("forward", "backward", "optimizer"):
+        if part not in sides[0]["times"]:
+            continue
         widths = [side["times"][part]["median"] for side in sides]
         left.barh(names, widths, left=start, label=part)
         start = [a + b for a, b in zip(start, widths, strict=True)]

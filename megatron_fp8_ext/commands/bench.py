@@ -70,6 +70,9 @@ def step(
     ] = "bf16,te-blockwise,infir2",
     iterations: Annotated[int, typer.Option(help="iterations that count")] = 10,
     warm_up: Annotated[int, typer.Option(help="iterations before them")] = 4,
+    skip_optimizer: Annotated[
+        bool, typer.Option("--skip-optimizer", help="no optimizer step, no memory for its moments")
+    ] = False,
     timeout: Annotated[float, typer.Option(help="seconds for each side")] = 600.0,
     output: Annotated[
         Path, typer.Option(help="prefix of the .json, .md, .svg and .log files")
@@ -79,7 +82,7 @@ def step(
     from megatron_fp8_ext import presets
     from megatron_fp8_ext.benchmark import sides as names
     from megatron_fp8_ext.benchmark import step as bench
-    from megatron_fp8_ext.errors import unknown_name
+    from megatron_fp8_ext.errors import UserError, unknown_name
     from megatron_fp8_ext.launch import architecture
 
     released = {name.lower(): name for name in ("Qwen2.5-1.5B", "Qwen2.5-7B")}
@@ -95,20 +98,29 @@ def step(
         tensor_parallel=tensor_parallel,
         iterations=iterations,
         warm_up=warm_up,
+        skip_optimizer=skip_optimizer,
     )
     sides = names.parse(compare)
     output.parent.mkdir(parents=True, exist_ok=True)
-    records, summaries = [], []
+    records, summaries, failures = [], [], []
     for side in sides:
         log = output.with_name(f"{output.name}-{side.name}.log")
         print(f"{side.name} ...", flush=True)
-        records.append(bench.measure(what, side, log, timeout))
+        try:
+            records.append(bench.measure(what, side, log, timeout))
+        except UserError as error:  # a side that does not fit in memory must not cost the others
+            failures.append(str(error))
+            continue
         summaries.append(bench.summarize(records[-1]))
+    if not records:
+        raise UserError("; ".join(failures))
     text = bench.markdown(what, records[0]["versions"], summaries)
     drawn = bench.picture(summaries, output.with_name(output.name + ".svg"))
     _write(output, {"step": vars(what), "sides": summaries, "records": records}, text)
     if not drawn:
         print("no picture: pip install matplotlib")
+    if failures:
+        raise UserError("; ".join(failures))
 
 
 def _shape(model: str, tokens: int | None) -> tuple[Any, Any]:

@@ -17,7 +17,6 @@ from megatron_fp8_ext.megatron_plugin import (
     arguments,
     flags,
     fused_flags,
-    fused_layer,
     import_hook,
     linear_loss,
     packed_flags,
@@ -80,6 +79,15 @@ def _precision(name: str) -> Callable[[ModuleType], None]:
         from megatron_fp8_ext.megatron_plugin import precision
 
         getattr(precision, name)(module)
+
+    return apply
+
+
+def _fused(name: str) -> Callable[[ModuleType], None]:
+    def apply(module: ModuleType) -> None:
+        from megatron_fp8_ext.megatron_plugin import fused_layer
+
+        getattr(fused_layer, name)(module)
 
     return apply
 
@@ -219,7 +227,7 @@ PATCHES: tuple[Patch, ...] = (
         versions="0.17-0.19",
         delete_when="TransformerEngine fuses the norm with the block-scaled cast",
         when="fused",
-        apply=fused_layer.te_linears,
+        apply=_fused("te_linears"),
     ),
     Patch(
         module="megatron.core.transformer.mlp",
@@ -228,7 +236,7 @@ PATCHES: tuple[Patch, ...] = (
         versions="0.17-0.19",
         delete_when="TransformerEngine fuses SwiGLU with the block-scaled cast, both ways",
         when="fused",
-        apply=fused_layer.mlp,
+        apply=_fused("mlp"),
     ),
     Patch(
         module="megatron.training.training",
@@ -237,7 +245,7 @@ PATCHES: tuple[Patch, ...] = (
         versions="0.17-0.19",
         delete_when="Megatron has a callback around its training step",
         when="fused",
-        apply=fused_layer.say_after_first_step,
+        apply=_fused("say_after_first_step"),
     ),
     Patch(
         module="megatron.training.training",

@@ -1,9 +1,10 @@
 """Time the parts of a training step inside Megatron's own loop, for `megatron-fp8 bench step`.
 
-    python -m megatron_fp8_ext.megatron_plugin.step_timing OUT.json WARM_UP MEGATRON_FLAGS...
+    python -m megatron_fp8_ext.megatron_plugin.step_timing OUT.json WARM_UP step|skip MEGATRON_FLAGS...
 
 trains on random tokens for `--train-iters` iterations and writes what it measured: one process (group) for
-each side of a comparison. On a GPU the parts are timed by CUDA events, on the CPU by the clock.
+each side of a comparison. With `skip` the optimizer never steps, so its moments take no memory. On a GPU the
+parts are timed by CUDA events, on the CPU by the clock.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def _milliseconds(begin: Any, end: Any) -> float:
 class StepTimer:
     """Watches Megatron's loop: `intervals` of the running iteration, `rows` of those that are over."""
 
-    def __init__(self, out: Path, warm_up: int) -> None:
-        self.out, self.warm_up = out, warm_up
+    def __init__(self, out: Path, warm_up: int, skip_optimizer: bool) -> None:
+        self.out, self.warm_up, self.skip_optimizer = out, warm_up, skip_optimizer
         self.intervals: dict[str, list[Interval]] = {}
         self.rows: list[dict[str, Any]] = []
         self.began = 0.0
@@ -120,9 +121,11 @@ class StepTimer:
 
         def step(*args: Any, **kwargs: Any) -> Any:
             self.memory["forward and backward"] = _peak()
-            self.begin("optimizer")
-            result = native(*args, **kwargs)
-            self.end("optimizer")
+            result: Any = (True, 0.0, 0)
+            if not self.skip_optimizer:
+                self.begin("optimizer")
+                result = native(*args, **kwargs)
+                self.end("optimizer")
             self.memory["optimizer state"] = state_bytes(optimizer)
             return result
 
@@ -240,9 +243,9 @@ def random_tokens(counts: Any, vp_stage: int | None = None) -> Any:
 
 def main() -> None:
     """Run one side."""
-    out, warm_up = Path(sys.argv[1]), int(sys.argv[2])
-    sys.argv = [sys.argv[0], *sys.argv[3:]]
-    timer = StepTimer(out, warm_up)
+    out, warm_up, optimizer = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    sys.argv = [sys.argv[0], *sys.argv[4:]]
+    timer = StepTimer(out, warm_up, optimizer == "skip")
     watch: tuple[tuple[str, Callable[[ModuleType], None]], ...] = (
         ("megatron.training.training", timer.watch_loop),
         ("megatron.core.pipeline_parallel.schedules", timer.watch_backward),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
@@ -77,6 +78,8 @@ def test_table(tmp_path):
     assert "| forward and backward | 31.5 (31.0 to 32.0) | 26.5 (26.0 to 27.0) [0.841] |" in text
     assert "| the same without optimizer state | 3.00 | 1.00 [0.333] |" in text
     assert "768 random tokens a step" in text and "| 2.0000 / 0.0000 | 2.0000 / 0.0000 |" in text
+    skipping = dataclasses.replace(STEP, skip_optimizer=True)
+    assert "its moments take no memory" in step.markdown(skipping, {"torch": "2"}, made)
     pytest.importorskip("matplotlib")
     assert step.picture(made, tmp_path / "x.svg")
     assert [path.name for path in tmp_path.iterdir()] == ["x.svg"]
@@ -112,7 +115,14 @@ def test_a_tiny_model_on_the_cpu(tmp_path):
 @pytest.mark.megatron
 @pytest.mark.slow
 def test_a_side_that_fails_is_one_line(tmp_path):
-    done = run([*CLI, *"--model tiny --seq-length 128 --compare te-blockwise".split(),
-                "--output", str(tmp_path / "x")])  # fmt: skip
+    small = "--model tiny --seq-length 128 --iterations 1 --warm-up 0 --skip-optimizer"
+    small += " --compare te-blockwise"
+    out = tmp_path / "x"
+    done = run([*CLI, *small.split(), "--output", str(out)])
     assert done.code == 2 and "te-blockwise failed: " in done.output
     assert not (tmp_path / "x.json").exists()
+    # Beside another one it does not cost that one's figures.
+    done = run([*CLI, *f"{small},bf16".split(), "--output", str(out)])
+    assert done.code == 2 and "te-blockwise failed: " in done.output
+    text = (tmp_path / "x.md").read_text()
+    assert "| | bf16 |" in text and "| backward |" in text and "| optimizer |" in text
