@@ -110,7 +110,10 @@ def run(
         )
     folder.mkdir()
     try:
-        rows = list(_measure(arch, config, nbytes, folder, main_params, device))
+        rows = []
+        for row in _measure(arch, config, nbytes, folder, main_params, device):
+            print(_line(row), file=sys.stderr, flush=True)  # it takes minutes each
+            rows.append(row)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return {
@@ -223,8 +226,13 @@ def markdown(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in record["rows"]:
-        lines.append(
-            f"| `{row['command']}` | {row['read'] / 1e9:.2f} GB | {row['seconds']:.0f} s | "
-            f"{row['gb_s']:.2f} GB/s | {row['peak'] / 1e9:.2f} GB |"
-        )
+        found = {key: value for key, value in row.items() if key != "gb_s"}
+        lines.append(_line(Row(**found)))
     return "\n".join(lines) + "\n"
+
+
+def _line(row: Row) -> str:
+    return (
+        f"| `{row.command}` | {row.read / 1e9:.2f} GB | {row.seconds:.0f} s | "
+        f"{row.gigabytes_per_second:.2f} GB/s | {row.peak / 1e9:.2f} GB |"
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
+from itertools import product
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ def _versions() -> dict[str, str]:
 def _cases(shape: Shape, sweep: bool) -> Iterator[Case]:
     yield from _cast_cases(shape, sweep)
     yield from _swiglu_cases(shape, sweep)
-    yield from _norm_cases(shape)
+    yield from _norm_cases(shape, sweep)
     yield from _loss_cases(shape)
 
 
@@ -207,18 +208,22 @@ def _swiglu_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
         both = partial(swiglu.swiglu_cast, x, "power_of_two", warps=warps)
         yield "SwiGLU + cast", "ours", dy.numel() * 6, 0, both, f"{warps} warps"
         late = partial(both, columns=False)
-        yield "SwiGLU + cast, rows", "ours", dy.numel() * 5, 0, late, f"{warps} warps"
+        yield "SwiGLU + cast rows", "ours", dy.numel() * 5, 0, late, f"{warps} warps"
         stash = partial(both, stash=True)
         yield "SwiGLU + cast, stash", "ours", dy.numel() * 8, 0, stash, f"{warps} warps"
-        backward = partial(swiglu.swiglu_backward_cast, dy, x, "power_of_two", warps=warps)
-        yield "SwiGLU backward + cast", "ours", dy.numel() * 10, 0, backward, f"{warps} warps"
+    kept = swiglu.swiglu_cast(x, "power_of_two", columns=False, stash=True).stash
+    for apart, warps in product((True, False) if sweep else (True,), (8, 16) if sweep else (16,)):
+        note = f"{warps} warps, {'a program for each result' if apart else 'one for all'}"
+        backward = partial(
+            swiglu.swiglu_backward_cast, dy, x, "power_of_two", apart=apart, warps=warps
+        )
+        yield "SwiGLU backward + cast", "ours", dy.numel() * 10, 0, backward, note
         again = partial(backward, y_columns=True)
-        name = "SwiGLU backward + cast + y"
-        yield name, "ours", dy.numel() * 11, 0, again, f"{warps} warps"
-        kept = swiglu.swiglu_cast(x, "power_of_two", columns=False, stash=True).stash
-        of_stash = partial(swiglu.swiglu_backward_cast, dy, kept, "power_of_two", warps=warps)
-        name = "SwiGLU backward + cast of a stash"
-        yield name, "ours", dy.numel() * 8, 0, of_stash, f"{warps} warps"
+        yield "SwiGLU backward + cast + y", "ours", dy.numel() * 11, 0, again, note
+        of_stash = partial(
+            swiglu.swiglu_backward_cast, dy, kept or x, "power_of_two", apart=apart, warps=warps
+        )
+        yield "SwiGLU backward + cast of a stash", "ours", dy.numel() * 8, 0, of_stash, note
     te_y, te_dx = _te_cast(dy, False), _te_cast(x, False)
     if te_y is None or te_dx is None:
         return
@@ -238,7 +243,7 @@ def _swiglu_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
     yield "SwiGLU backward + cast", "TE, two kernels", dy.numel() * 10, 0, te_backward, ""
 
 
-def _norm_cases(shape: Shape) -> Iterator[Case]:
+def _norm_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
     from megatron_fp8_ext.kernels import rmsnorm
 
     x, w = _random(shape.tokens, shape.hidden), _random(shape.hidden)
@@ -254,8 +259,9 @@ def _norm_cases(shape: Shape) -> Iterator[Case]:
         rmsnorm.rmsnorm_backward_cast, dy, x, w, rstd, "power_of_two", rows=False, columns=False
     )
     yield "RMSNorm backward", "ours", n * 6, 0, plain, ""
-    late = partial(rmsnorm.rmsnorm_columns, x, w, rstd, "power_of_two")
-    yield "RMSNorm columns", "ours", n * 3, 0, late, ""
+    for warps in (8, 16) if sweep else (16,):
+        late = partial(rmsnorm.rmsnorm_columns, x, w, rstd, "power_of_two", warps)
+        yield "RMSNorm columns", "ours", n * 3, 0, late, f"{warps} warps"
 
 
 def _loss_cases(shape: Shape) -> Iterator[Case]:
@@ -299,24 +305,24 @@ def gemm_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
     for name, n, k in layers:
         x, dy, w = _random(shape.tokens, k), _random(shape.tokens, n), _random(n, k) * 0.02
         flops = 2 * shape.tokens * n * k
-        for product, plain in (
+        for kind, plain in (
             ("fprop", partial(torch.mm, x, w.t())),
             ("dgrad", partial(torch.mm, dy, w)),
             ("wgrad", partial(torch.mm, dy.t(), x)),
         ):
-            yield f"{name} {product}", "BF16", 0, flops, plain, f"M {shape.tokens} N {n} K {k}"
+            yield f"{name} {kind}", "BF16", 0, flops, plain, f"M {shape.tokens} N {n} K {k}"
         x_cast: BlockCast = cast_1x128(x, "power_of_two")
         dy_cast: BlockCast = cast_1x128(dy, "power_of_two")
         w_cast = quantize(w)
         main_grad = torch.zeros(n, k, dtype=torch.float32, device="cuda")
-        for product, scaled, note in (
+        for kind, scaled, note in (
             ("fprop", partial(gemm.fprop, x_cast, w_cast), ""),
             ("dgrad", partial(gemm.dgrad, dy_cast, w_cast), ""),
             ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, None, False), "to new BF16"),
             ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, main_grad, True), "added to FP32"),
             ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, main_grad, False), "over FP32"),
         ):
-            yield f"{name} {product}", "TE blockwise", 0, flops, scaled, note
+            yield f"{name} {kind}", "TE blockwise", 0, flops, scaled, note
 
 
 def markdown(record: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ flat tensor, and no parameter's name. What stands where follows from Megatron's 
 distrib_optimizer.py, `_compute_per_buffer_param_layout`): the parameters of a rank in reverse order, each
 from a multiple of 64 on. The rule is applied to the architecture and held to the index: every bucket
 must be filled to its last value, and every parameter must begin and end where a stored piece does.
-`megatron.MegatronWeights` then holds every value to the weights beside it.
+`weights.MegatronWeights` then holds every value to the weights beside it.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ from megatron_fp8_ext.checkpoint import architecture, fp8, huggingface, mapping
 from megatron_fp8_ext.checkpoint.architecture import BLOCK
 from megatron_fp8_ext.checkpoint.huggingface import Folder
 from megatron_fp8_ext.checkpoint.mapping import Unit
-from megatron_fp8_ext.checkpoint.megatron import MegatronWeights
 from megatron_fp8_ext.checkpoint.report import Progress, meter
 from megatron_fp8_ext.checkpoint.torch_dist import TorchDist, open_checkpoint
+from megatron_fp8_ext.checkpoint.weights import MegatronWeights
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.files import read_json
 from megatron_fp8_ext.fp8.error import decibels, energies

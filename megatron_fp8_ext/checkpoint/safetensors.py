@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import sync
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -195,6 +196,5 @@ class FileWriter:
         """Finish the file and wait until the disk has it."""
         if self._missing:
             raise ValueError(f"never written: {sorted(self._missing)}")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file)
         self._file.close()

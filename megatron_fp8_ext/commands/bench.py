@@ -19,6 +19,7 @@ TINY: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 512,
+    "rope_theta": 1000000.0,
     "tie_word_embeddings": True,
 }
 app = typer.Typer(help="Measure steps, kernels and conversions here.", no_args_is_help=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,10 @@ from megatron_fp8_ext.demo import reasoning
 BATCH = 256  # of 135M parameters: 7 GB of keys and values at 1024 tokens
 
 
-def exact_match(
+def score(
     checkpoint: Path, reference: Path, problems: Sequence[Path], tokens: int
 ) -> dict[str, float]:
-    """Return the share of right answers to each file of problems, by the file's name.
+    """Return the shares of well-formed and of right answers to each file of problems, by its name.
 
     Args:
         checkpoint: of any format that `convert verify` reads.
@@ -36,13 +37,14 @@ def exact_match(
     model = logits.load_model(checkpoint, (reference,)).to(device)
     sets = {file: reasoning.read(file) for file in problems}
     questions = [reasoning.question(sample) for samples in sets.values() for sample in samples]
-    answers = _answers(model, tokenizer, questions, tokens)
-    return {
-        f"exact match, {file.stem}": statistics.fmean(
-            reasoning.verify(sample, next(answers)) for sample in samples
-        )
-        for file, samples in sets.items()
-    }
+    found = _answers(model, tokenizer, questions, tokens)
+    scores = {}
+    for file, samples in sets.items():
+        answers = list(itertools.islice(found, len(samples)))
+        right = map(reasoning.verify, samples, answers)
+        scores[f"well formed, {file.stem}"] = statistics.fmean(map(reasoning.well_formed, answers))
+        scores[f"exact match, {file.stem}"] = statistics.fmean(right)
+    return scores
 
 
 def _answers(model: Any, tokenizer: Any, questions: list[str], tokens: int) -> Iterator[str]:
@@ -72,8 +74,8 @@ def _main(
     hf_reference: Annotated[Path, typer.Option(help="config.json, tokenizer and template")],
     max_tokens: Annotated[int, typer.Option(help="longest answer")] = 1024,
 ) -> None:
-    """Print the share of right answers as a line of JSON."""
-    print(json.dumps(exact_match(checkpoint, hf_reference, problems, max_tokens)))
+    """Print the shares of well-formed and of right answers as a line of JSON."""
+    print(json.dumps(score(checkpoint, hf_reference, problems, max_tokens)))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ def verify(sample: dict[str, Any], answer: str) -> bool:
     return found is not None and int(found.group(1)) == wanted
 
 
+def well_formed(answer: str) -> bool:
+    """Whether an answer thinks, then states one number, as the samples do."""
+    return re.fullmatch(r"<think>\n.+\n</think>\n\\boxed\{\d+\}\s*", answer, re.DOTALL) is not None
+
+
 def question(sample: dict[str, Any]) -> str:
     """Return what a sample asks."""
     return str(sample["messages"][0]["content"])

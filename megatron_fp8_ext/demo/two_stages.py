@@ -95,7 +95,7 @@ def main(output: Path, samples: int | None, epochs: int | None) -> None:
     short, long, tests = problems(output, scale)
     score = score_command(released, tests, scale)
     with console.status("answering held-out sums before training"):
-        before = answers.exact_match(released, released, tests, scale.answer)
+        before = answers.score(released, released, tests, scale.answer)
     stages = (
         Stage(1, (short,), 2e-4, str(weights)),
         Stage(2, (short, long), 1e-4, str(output / "stage1" / plan.RUN / "weights")),

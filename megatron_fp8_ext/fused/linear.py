@@ -65,8 +65,10 @@ class Linear:
         buffer = main_grad.of(self.parameter)
         if buffer is None:
             return gemm.wgrad(x, dy, None, accumulate=False)
+        # A layer used twice in the first micro-batch: its second gradient is added all the same.
+        add = self.accumulate or bool(self.parameter.grad_added_to_main_grad)
         overwrite = getattr(self.parameter, "overwrite_main_grad", False)
-        gemm.wgrad(x, dy, buffer, accumulate=self.accumulate and not overwrite)
+        gemm.wgrad(x, dy, buffer, accumulate=add and not overwrite)
         return main_grad.dummy(self.parameter)
 
 

@@ -20,10 +20,17 @@ from torch import Tensor
 
 from megatron_fp8_ext.fp8.reference import BLOCK
 from megatron_fp8_ext.kernels import cast
-from megatron_fp8_ext.kernels.cast import TILE, WARPS, BlockCast, load_tile, store_tile
+from megatron_fp8_ext.kernels.cast import (
+    ONE_WAY_WARPS,
+    TILE,
+    WARPS,
+    BlockCast,
+    load_tile,
+    store_tile,
+)
 from megatron_fp8_ext.recipe import ScaleFormat
 
-# The backward holds three tiles: at 8 warps that takes every register of a multiprocessor for one program.
+# With a program for each result; one program for all of them takes every register at 8 warps.
 BACKWARD_WARPS = 16
 
 
@@ -134,6 +141,82 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_half(  # type: ignore[no-untyped-def]
+    x, scales, half, tile_m, tile_k, M, F, stride, STASH: tl.constexpr, WHOLE: tl.constexpr
+):
+    """FP32 tile of gate (half 0) or up (half 1)."""
+    if STASH:
+        tile = tile_k + half * (F // TILE)
+        return _unstash(x, scales, tile_m, tile, M, 2 * F, stride, WHOLE)
+    else:
+        return load_tile(x + half * F, tile_m, tile_k, M, F, 2 * F, WHOLE)
+
+
+@triton.jit
+def _one_result(  # type: ignore[no-untyped-def]
+    dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, kept,
+    tile_m, tile_k, M, F, row_stride, col_stride, stash_stride,
+    LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr, KEEP: tl.constexpr, STASH: tl.constexpr, RESULT: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient of gate (RESULT 0), of up (1), or of y (2), cast and stored."""
+    gate = _load_half(x, stash_scales, 0, tile_m, tile_k, M, F, stash_stride, STASH, WHOLE)
+    up = gate  # the gradient of up does not need it
+    if RESULT != 1:
+        up = _load_half(x, stash_scales, 1, tile_m, tile_k, M, F, stash_stride, STASH, WHOLE)
+    if RESULT == 2:
+        part = _product(gate, up)
+    else:
+        grad = load_tile(dy, tile_m, tile_k, M, F, F, WHOLE)
+        dgate, dup = _gradients(grad, gate, up)
+        part = dgate if RESULT == 0 else dup
+    tile = tile_k + (F // TILE if RESULT == 1 else 0)
+    width = F if RESULT == 2 else 2 * F
+    if KEEP and RESULT < 2:
+        _keep(kept, part, tile_m, tile, M, width)
+    store_tile(
+        part, tile_m, tile, M, width,
+        row_codes, row_scales, row_stride, col_codes, col_scales, col_stride,
+        LARGEST, POWER_OF_TWO, False, ROWS, COLUMNS, WHOLE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _backward_apart_kernel(  # type: ignore[no-untyped-def]
+    dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, y_codes, y_scales, kept,
+    M, F, row_stride, col_stride, y_stride, stash_stride,
+    LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr, KEEP: tl.constexpr, STASH: tl.constexpr, Y_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """As `_backward_kernel`, with a program for each of the results of a tile.
+
+    One result needs half of the registers of three, so twice the warps are at work; the neighbours
+    read the same tiles at the same time, from L2.
+    """
+    RESULTS: tl.constexpr = 3 if Y_COLUMNS else 2
+    tile_k, tile_m = tl.program_id(0) // RESULTS, tl.program_id(1)
+    result = tl.program_id(0) % RESULTS
+    if result == 0:
+        _one_result(
+            dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, kept,
+            tile_m, tile_k, M, F, row_stride, col_stride, stash_stride,
+            LARGEST, POWER_OF_TWO, ROWS, COLUMNS, WHOLE, KEEP, STASH, 0,
+        )  # fmt: skip
+    elif result == 1:
+        _one_result(
+            dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, kept,
+            tile_m, tile_k, M, F, row_stride, col_stride, stash_stride,
+            LARGEST, POWER_OF_TWO, ROWS, COLUMNS, WHOLE, KEEP, STASH, 1,
+        )  # fmt: skip
+    else:
+        _one_result(
+            dy, x, stash_scales, y_codes, y_scales, y_codes, y_scales, kept,
+            tile_m, tile_k, M, F, y_stride, y_stride, stash_stride,
+            LARGEST, POWER_OF_TWO, False, Y_COLUMNS, WHOLE, KEEP, STASH, 2,
+        )  # fmt: skip
+
+
+@triton.jit
 def _backward_straddling_kernel(  # type: ignore[no-untyped-def]
     dy, x, row_codes, row_scales, col_codes, col_scales, kept, M, F, row_stride, col_stride,
     LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
@@ -195,7 +278,7 @@ def swiglu_cast(
     columns: bool = True,
     keep: bool = False,
     stash: bool = False,
-    warps: int = WARPS,
+    warps: int | None = None,
 ) -> Activated:
     """Return the cast of silu(gate) * up.
 
@@ -206,7 +289,7 @@ def swiglu_cast(
         columns: whether the operand of fc2's wgrad is wanted (the backward can make it later).
         keep: return the BF16 intermediate `[M, F]` too (for tests).
         stash: return the row-wise cast of `x` itself too; F must be a multiple of 128.
-        warps: warps of a program.
+        warps: warps of a program; None for what was found best.
 
     Raises:
         ValueError: `x` is not such a matrix.
@@ -215,6 +298,8 @@ def swiglu_cast(
     if twice % 2:
         raise ValueError(f"SwiGLU's input must have an even number of columns, got {twice}")
     f = twice // 2
+    if warps is None:
+        warps = WARPS if columns and not stash else ONE_WAY_WARPS
     if stash and f % BLOCK:
         raise ValueError(f"a stash needs halves of whole blocks of {BLOCK} columns, got {f}")
     out = cast.allocate(m, f, x.device, (rows, columns))
@@ -241,6 +326,7 @@ def swiglu_backward_cast(
     columns: bool = True,
     keep: bool = False,
     y_columns: bool = False,
+    apart: bool = True,
     warps: int = BACKWARD_WARPS,
 ) -> ActivationGradients:
     """Return the cast of the gradient of SwiGLU's input.
@@ -253,6 +339,7 @@ def swiglu_backward_cast(
         columns: whether the operand of fc1's wgrad is wanted.
         keep: return the BF16 gradient `[M, 2F]` too (fc1's bias gradient, or tests).
         y_columns: compute SwiGLU's result again and return the operand of fc2's wgrad.
+        apart: a program for each result of a tile instead of one for all.
         warps: warps of a program.
 
     Raises:
@@ -285,9 +372,12 @@ def swiglu_backward_cast(
         return ActivationGradients(out, late, kept)
     y = cast.allocate(m, f, dy.device, (False, True)) if y_columns else None
     _, _, y_codes, y_scales, _, y_stride = cast.pointers(y or out, dy)
-    _backward_kernel[(triton.cdiv(f, BLOCK), triton.cdiv(m, BLOCK))](
+    kernel = _backward_apart_kernel if apart else _backward_kernel
+    results = (3 if y_columns else 2) if apart else 1
+    kernel[(results * triton.cdiv(f, BLOCK), triton.cdiv(m, BLOCK))](
         dy, values, stash_scales, *operands, y_codes, y_scales, dy if kept is None else kept,
         m, f, row_stride, col_stride, y_stride, stash_stride,
         **fixed, KEEP=keep, STASH=stash is not None, Y_COLUMNS=y_columns, num_warps=warps,
+        **(cast.registers(warps) if apart else {}),
     )  # fmt: skip
     return ActivationGradients(out, y, kept)

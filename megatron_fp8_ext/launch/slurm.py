@@ -99,6 +99,12 @@ def _slime(plan: Plan) -> list[str]:
     tracker = shlex.quote(f"{plan.save}/latest_checkpointed_iteration.txt")
     return [
         *_saved(tracker),
+        f"# Slurm's signal, {_MARGIN_MINUTES} minutes before the end: once more, if further than before.",
+        "again() {",
+        '    if [ "$(saved)" -gt "$before" ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        "}",
+        "trap again USR1",
+        "",
         "# One Ray cluster inside this job. Its nodes talk over the cluster's network; the dashboard, whose",
         "# job API runs any code it is sent, listens on the head's loopback only.",
         'HEAD_IP=$(srun --nodes=1 --ntasks=1 -w "$HEAD" hostname -i | cut -d" " -f1)',
@@ -112,11 +118,5 @@ def _slime(plan: Plan) -> list[str]:
         "sleep 20",
         f'srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" {command} &',
         "job=$!",
-        "",
-        f"# Slurm's signal, {_MARGIN_MINUTES} minutes before the end: once more, if further than before.",
-        "again() {",
-        '    if [ "$(saved)" -gt "$before" ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
-        "}",
-        "trap again USR1",
         'wait "$job" || { code=$?; [ "$code" -gt 128 ] && wait "$job"; }',
     ]

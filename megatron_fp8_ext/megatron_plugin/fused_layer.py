@@ -57,8 +57,12 @@ def mlp(module: ModuleType) -> None:
 
     @functools.wraps(native)
     def forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        weighted = args or any(value is not None for value in kwargs.values())
-        if weighted or type(self) is not module.MLP or not _fused(self, "MLP", hidden_states):
+        weights = args[0] if args else kwargs.get("per_token_scale")
+        if (
+            weights is not None
+            or type(self) is not module.MLP
+            or not _fused(self, "MLP", hidden_states)
+        ):
             return native(self, hidden_states, *args, **kwargs)
         return _mlp(self, hidden_states), None
 
@@ -69,9 +73,7 @@ def _fused(module: Any, kind: str, x: Any) -> bool:
     """Whether this call goes through the fused function."""
     if not run.current.fused:
         return False
-    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
-
-    if not FP8GlobalStateManager.is_fp8_enabled():
+    if fused_rules.machine_gap() is None and not fused_rules.fp8_enabled():
         return False  # a layer that stays in BF16
     if module not in _verdicts:
         verdict = _verdicts[module] = fused_rules.why_not(module, kind)

@@ -45,6 +45,13 @@ def machine_gap() -> str | None:
     return None
 
 
+def fp8_enabled() -> bool:
+    """Whether TransformerEngine computes in FP8 here; asked only where `machine_gap` is None."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    return bool(FP8GlobalStateManager.is_fp8_enabled())
+
+
 def why_not(module: Any, kind: str) -> str | None:
     """Say why a module keeps TransformerEngine's path, in a clause; None if it is fused.
 

@@ -124,20 +124,15 @@ def curve(series: Mapping[int, float]) -> str:
     finite = {step: value for step, value in series.items() if math.isfinite(value)}
     if not finite:
         return ""
-    first, last = min(finite), max(finite)
-    buckets: dict[int, list[float]] = {}
+    first, steps = min(finite), max(finite) - min(finite) + 1
+    columns = min(_CURVE, steps)
+    buckets: list[list[float]] = [[] for _ in range(columns)]
     for step, value in finite.items():
-        at = (step - first) * (_CURVE - 1) // max(last - first, 1)
-        buckets.setdefault(at, []).append(value)
-    means = {at: statistics.fmean(values) for at, values in sorted(buckets.items())}
-    low, high = min(means.values()), max(means.values())
-    width = min(_CURVE, last - first + 1)
-    bars, value = [], next(iter(means.values()))
-    for at in range(_CURVE if width == _CURVE else max(means) + 1):
-        value = means.get(at, value)
-        bars.append(
-            _BARS[round((value - low) / (high - low) * (len(_BARS) - 1)) if high > low else 0]
-        )
-    if width < _CURVE:  # fewer steps than columns: one bar a step
-        bars = [bars[at] for at in means]
+        buckets[(step - first) * columns // steps].append(value)
+    means: list[float] = []
+    for values in buckets:  # a column between two logged steps repeats the one before
+        means.append(statistics.fmean(values) if values else means[-1])
+    low, high = min(means), max(means)
+    top = len(_BARS) - 1
+    bars = (_BARS[round((mean - low) / (high - low) * top) if high > low else 0] for mean in means)
     return f"{''.join(bars)} {low:.3g} to {high:.3g}"

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 pytest.importorskip("safetensors")
 import hf_models  # noqa: E402
 
-from megatron_fp8_ext.checkpoint import fp8  # noqa: E402
+from megatron_fp8_ext.checkpoint import compare, fp8, layout, megatron  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 MODELS = {
@@ -75,3 +75,26 @@ def test_every_block_of_a_real_range(tmp_path):
             out = tmp_path / f"{device} {scale_format}"
             fp8.hf_to_fp8(source, out, scale_format=scale_format, device=device)
         assert_same_folder(tmp_path / f"cpu {scale_format}", tmp_path / f"cuda {scale_format}")
+
+
+def test_main_parameters_out_of_fp8_buffers(tmp_path):
+    """Stock flags leave two buffers, FP8 weights in one: their values are those of the saved weights."""
+    pytest.importorskip("transformer_engine.pytorch", reason="needs TransformerEngine")
+    from test_conversion_training import prepare, train
+
+    source = hf_models.make(tmp_path / "hf", hf_models.ALIGNED)
+    tokens = torch.randint(0, 512, (2048,), generator=torch.Generator().manual_seed(1))
+    train(
+        prepare(tmp_path, source, tokens), "blockwise", "--fp8-format", "e4m3", "--fp8-param-gather",
+        "--no-gradient-accumulation-fusion", "--train-iters", "2", "--save", str(tmp_path / "save"),
+    )  # fmt: skip
+    found = layout.find(str(tmp_path / "save"))
+    assert found.optimizer == "whole buffers" and found.fp8_params
+    for main in (True, False):
+        report = megatron.megatron_to_hf(
+            tmp_path / "save", tmp_path / f"bf16 {main}", source, use_main_params=main
+        )
+        assert ("out of the optimizer's buffers" in report.notes[0]) is main
+        fp8.hf_to_fp8(tmp_path / f"bf16 {main}", tmp_path / f"fp8 {main}")
+    result = compare.compare(tmp_path / "fp8 True", tmp_path / "fp8 False")
+    assert all(row.bitwise for row in result.rows), "values, though codes may be doubled"

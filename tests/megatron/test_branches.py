@@ -134,6 +134,47 @@ def test_data_that_ends_too_early_stops_a_branch_of_a_stock_run(go, stable, tmp_
     assert "ends at 150: decay over at most 13 iterations" in outcome.said[-1]
 
 
+# Checkpoints that the stable run of the other tests has not: iteration -> what else is said when saving.
+OTHERS = {1: [], 3: ["--no-save-optim"]}
+
+
+@pytest.mark.parametrize(
+    ("at", "text", "words"),
+    [
+        (1, "--wsd-decay-iters 3", "is inside the warmup, which ends at iteration 2: give a later"),
+        (3, "--wsd-decay-iters 3", "holds no optimizer state (it was saved with --no-save-optim"),
+        (14, "--wsd-decay-iters 3", "half-written: it has no metadata.json, which is written last"),
+        (19, "--wsd-decay-iters 3", "half-written: it is not there; complete here: iterations"),
+        (20, "--wsd-decay-iters 18", "ends at 150: decay over at most 17 iterations"),
+        (
+            20,
+            "--wsd-decay-iters 3 --train-iters 31",
+            "--train-iters 31 contradicts --wsd-decay-from",
+        ),
+        (26, "--wsd-decay-iters 3", "is inside the decay, which began at iteration 24: give that"),
+    ],
+)
+def test_what_cannot_be_branched_is_one_line(go, stable, tmp_path, at, text, words):
+    """Said by the training command itself, before it reads data or writes anything."""
+    root = stable[0]
+    if at in OTHERS:
+        root = tmp_path / "stable"
+        end = ["--save-interval", str(at), "--exit-interval", str(at)]
+        go(DIST, *SCHEDULE, "--lr", "1e-3", "--save", str(root), *end, *OTHERS[at])
+    elif at == 14:
+        root = tmp_path / "stable"
+        shutil.copytree(stable[0], root)
+        (root / "iter_0000014" / "metadata.json").unlink()
+    outcome, rows = go(
+        DIST, "--wsd-decay-from", str(root / f"iter_{at:07d}"), *text.split(), "--save",
+        str(tmp_path / "branch"), ok=False,
+    )  # fmt: skip
+    assert outcome.code == 2 and not outcome.iterations and not rows
+    (line,) = (x for x in outcome.said if "error" in x)
+    assert words in line and "Traceback" not in outcome.output
+    assert not (tmp_path / "branch").exists()
+
+
 @pytest.mark.parametrize(
     ("start", "length", "flags", "rates"),
     [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
 import re
 import struct
 import subprocess
@@ -96,6 +99,20 @@ def test_the_screen_shows_what_megatron_logged(watched):
     assert shown["tokens"] == f"{30 * 4 * 128:,}" and shown["ETA"] == "0:00:00"
     assert shown["recipe"] == "infir2" and shown["GPUs"] == "1 x CPU"
     assert " at 30" in shown["validation"] and "finished" in frame
+
+
+def test_on_a_terminal_it_is_one_screen(watched):
+    folder, _, _ = watched
+    child, terminal = pty.fork()
+    if child == 0:
+        argv = [sys.executable, "-m", "megatron_fp8_ext.cli", "watch", str(folder)]
+        os.execve(sys.executable, argv, {**os.environ, "TERM": "xterm", "COLUMNS": "80"})
+    drawn = b""
+    with contextlib.suppress(OSError):  # the end of the child closes the terminal
+        while part := os.read(terminal, 4096):
+            drawn += part
+    assert os.waitpid(child, 0)[1] == 0
+    assert b"\x1b[?25h" in drawn and "iteration 30 of 30" in drawn.decode()
 
 
 def test_without_event_files_the_log_says_the_same(watched, tmp_path):

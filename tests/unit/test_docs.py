@@ -85,7 +85,7 @@ def commands() -> list[str]:
         for block in re.findall(r"```(?:bash|sh|shell)\n(.*?)```", page.read_text(), re.DOTALL):
             joined = re.sub(r" +", " ", block.replace("\\\n", " "))
             lines = (re.sub(r"(^| )#.*", "", line).strip() for line in joined.splitlines())
-            found += [line for line in lines if line]
+            found += [line for line in lines if line and not re.fullmatch(r"[A-Z_]+=\S*", line)]
     return sorted(set(found))
 
 

@@ -21,7 +21,7 @@ from megatron_fp8_ext.fused.gemm import ReferenceGemm
 from megatron_fp8_ext.megatron_plugin import fused_layer, fused_rules, run, te_gemm
 from megatron_fp8_ext.recipe import get_recipe
 
-H, F = 256, 384
+H, F = 256, 256
 
 
 class State:
@@ -158,11 +158,11 @@ def both_ways(layer, x, monkeypatch):
 
 
 def test_mlp(seam, monkeypatch):
-    layer, x = seam(), random(64, 2, H, seed=1)
+    layer, x = seam(), random(16, 2, H, seed=1)
     mine, theirs = both_ways(layer, x, monkeypatch)
     for got, want in zip(mine, theirs, strict=True):
-        # Megatron's own SwiGLU on the CPU rounds twice, and flips codes by it.
-        assert sqnr(got.detach(), want.detach()) > 35
+        # Megatron's own SwiGLU on the CPU rounds twice, and flips codes by it; a wrong wire has under 10.
+        assert sqnr(got.detach(), want.detach()) > 30
     for linear_layer in (layer.linear_fc1, layer.linear_fc2):
         assert linear_layer.calls == ["prepare", "end", "native"]
     assert fused_layer.summary() == "fused layers: MLP 1 of 1"
@@ -170,7 +170,7 @@ def test_mlp(seam, monkeypatch):
 
 def test_linears(seam, monkeypatch):
     how = config()
-    x = random(64, 2, H, seed=1)
+    x = random(16, 2, H, seed=1)
     for layer in (
         TELayerNormColumnParallelLinear(320, H, how, 3),
         TERowParallelLinear(192, H, how, 3),
@@ -196,7 +196,7 @@ def test_bf16_layers_and_runs_without_it_are_native(seam, monkeypatch):
 
 
 def test_first_micro_batch_overwrites_and_the_next_one_adds(seam):
-    layer, x = seam(), random(64, 2, H, seed=1)
+    layer, x = seam(), random(16, 2, H, seed=1)
     weight = layer.linear_fc2.weight
     for parameter in (weight, layer.linear_fc1.weight):
         parameter.grad_added_to_main_grad = False
@@ -236,7 +236,7 @@ def test_hooks(seam):
 
 
 def test_stash(seam, monkeypatch):
-    layer, x = seam(), random(64, 2, H, seed=1).requires_grad_()
+    layer, x = seam(), random(16, 2, H, seed=1).requires_grad_()
     plain = layer(x)[0]
     monkeypatch.setattr(run.current, "fp8_stash", True)
     stashed = layer(x)[0]

@@ -10,7 +10,8 @@ def test_its_own_answers_are_right_and_others_are_not(tmp_path):
     reasoning.write(file, 200)
     for sample in reasoning.read(file):
         answer = sample["messages"][1]["content"]
-        assert answer.startswith("<think>") and reasoning.verify(sample, answer)
+        assert reasoning.well_formed(answer) and reasoning.verify(sample, answer)
+        assert not reasoning.well_formed(answer.partition("</think>")[2])
         assert not reasoning.verify(sample, answer.replace("boxed{", "boxed{1"))
         assert not reasoning.verify(sample, answer.partition("</think>")[0])
 

@@ -108,6 +108,12 @@ export NVTE_FP8_BLOCK_SCALING_FP32_SCALES=0
 
 saved() { cat exp/InfiR2_SFT_FP8_1.5B_stage2/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null || echo 0; }
 before=$(saved)
+# Slurm's signal, 20 minutes before the end: once more, if further than before.
+again() {
+    if [ "$(saved)" -gt "$before" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+}
+trap again USR1
+
 # One Ray cluster inside this job. Its nodes talk over the cluster's network; the dashboard, whose
 # job API runs any code it is sent, listens on the head's loopback only.
 HEAD_IP=$(srun --nodes=1 --ntasks=1 -w "$HEAD" hostname -i | cut -d" " -f1)
@@ -185,12 +191,6 @@ srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" ray job submit \
     --fp8-param-gather \
     --load exp/InfiR2_SFT_FP8_1.5B_stage2/checkpoints &
 job=$!
-
-# Slurm's signal, 20 minutes before the end: once more, if further than before.
-again() {
-    if [ "$(saved)" -gt "$before" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-}
-trap again USR1
 wait "$job" || { code=$?; [ "$code" -gt 128 ] && wait "$job"; }
 SBATCH
 sbatch exp/InfiR2_SFT_FP8_1.5B_stage2/qwen2.5-1.5b-sft-stage2.sbatch
