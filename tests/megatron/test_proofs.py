@@ -54,7 +54,7 @@ def test_sft_is_scored_by_held_out_sums(start, tmp_path):
     for name in ("released", "weights"):
         (output / "start" / name).symlink_to(start / "start" / name)
     words = ["--steps", "2", "smollm2-sft", "--global-batch-size", "2"]
-    outcome = run([*CLI, "--recipes", "bf16,infir2", "--output", str(output), *words])
+    outcome = run([*CLI, "--recipes", "bf16,infir2", "--output", str(output), *words], timeout=800)
     assert outcome.code == 0, outcome.output[-3000:]
     report, runs = members(output)
     for r in runs.values():
