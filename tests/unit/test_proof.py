@@ -93,7 +93,7 @@ def test_plan_gives_each_member_its_own_flags(tmp_path):
     ("recipes", "command", "words"),
     [
         (["infr2"], ["x"], "did you mean 'infir2'"),
-        (["infir2:e4m3"], ["x"], "has the options emulated, unfused, stash"),
+        (["infir2:e4m3"], ["x"], "has the options emulated, fused, unfused, stash"),
         (["control-1bit:stash"], ["x"], "has the options emulated"),
         (["bf16:emulated"], ["x"], "has no option"),
         (["infir2"], ["x", "--infir2-fp8-stash"], "infir2:fused, infir2:unfused or"),
