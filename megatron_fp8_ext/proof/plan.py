@@ -120,9 +120,9 @@ class Member:
 def choose(text: str) -> Choice:
     """Read one entry of `--recipes`: NAME, or NAME:OPTION.
 
-    The option of our recipes is `emulated`, `unfused` (TransformerEngine's layers) or `stash` (fc1's output
-    kept in FP8); of Megatron's own (delayed, tensorwise, mxfp8, blockwise) the FP8 format, `e4m3` or
-    `hybrid`. Negative controls are always emulated.
+    The option of our recipes is `emulated`, `fused` (our layers), `unfused` (TransformerEngine's) or `stash`
+    (fc1's output kept in FP8); of Megatron's own (delayed, tensorwise, mxfp8, blockwise) the FP8 format,
+    `e4m3` or `hybrid`. Negative controls are always emulated.
 
     Raises:
         UserError: unknown recipe or option.

@@ -106,12 +106,20 @@ def fingerprints(command: Sequence[str]) -> dict[str, dict[str, Any]]:
         found[prefix.name] = {"bytes": tokens.stat().st_size, "sha256": digest.hexdigest()}
     for folder in plan.input_folders(command):
         digest, size = hashlib.sha256(), 0
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for file in _files(folder):
             digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
             (_digest_pieces if file.stat().st_size > _WHOLE_BYTES else _digest_whole)(file, digest)
             size += file.stat().st_size
         found[folder.name] = {"bytes": size, "sha256": digest.hexdigest()}
     return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """What decides what a folder holds: of packed samples the index, with each shard's own digest."""
+    packed = folder / "index.json"
+    if packed.is_file():  # the notes beside it name the place of the source
+        return [packed]
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _digest_whole(path: Path, digest: Any) -> None:

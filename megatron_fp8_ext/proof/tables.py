@@ -221,5 +221,5 @@ def facts(result: Result) -> Table:
     rows = [("steps", str(result.steps)), ("seeds", ", ".join(map(str, result.seeds)))]
     rows += [(name, value) for name, value in result.versions.items()]
     for name, data in result.data.items():
-        rows.append((f"corpus {name}", f"{data['bytes']:,} bytes, digest {data['sha256'][:16]}"))
+        rows.append((f"input {name}", f"{data['bytes']:,} bytes, digest {data['sha256'][:16]}"))
     return Table(("what", "value"), tuple(rows), ("value",))

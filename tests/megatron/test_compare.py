@@ -13,8 +13,8 @@ import pytest
 from conftest import ENTRY, MODEL, TRAINING, run
 
 pytestmark = pytest.mark.megatron
-STEPS, SEEDS = 40, (1236, 1237, 1238)
-WINDOW = range(33, 41)  # the last fifth
+STEPS, SEEDS = 80, (1236, 1237, 1238)
+WINDOW = range(65, 81)  # the last fifth
 CLI = [sys.executable, "-m", "megatron_fp8_ext.cli"]
 
 
@@ -22,10 +22,9 @@ def command(corpus, output, recipes, seeds):
     data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
     return [
         *CLI, "compare", "--recipes", recipes, "--seeds", str(seeds), "--steps", str(STEPS),
-        "--output", str(output), "--parallel", "2", "--stats-interval", "20",
+        "--output", str(output), "--parallel", "2", "--stats-interval", "40",
         "--", sys.executable, str(ENTRY), *MODEL, *TRAINING, *data, "--use-distributed-optimizer",
-        "--micro-batch-size", "8", "--global-batch-size", "8", "--lr", "2e-3",
-        "--lr-wsd-decay-iters", "10", "--tensorboard-dir", "replaced",
+        "--lr", "2e-3", "--lr-wsd-decay-iters", "16", "--tensorboard-dir", "replaced",
     ]  # fmt: skip
 
 
@@ -96,15 +95,15 @@ def test_verdicts(page):
 
 
 def test_quantized_gemms_are_counted(page, compared):
-    # 2 layers x 4 linears x (fprop, dgrad, wgrad)
+    # 2 layers x 4 linears x 2 micro-batches x (fprop, dgrad, wgrad)
     rows = page.rows("verdicts")
     assert rows["bf16"]["FP8 GEMMs per iteration"] == "0"
-    assert rows["infir2"]["FP8 GEMMs per iteration"] == "24"
+    assert rows["infir2"]["FP8 GEMMs per iteration"] == "48"
     folder = compared[0] / "infir2-seed1236"
     samples = [json.loads(x) for x in (folder / "fp8_stats-rank0.jsonl").read_text().splitlines()]
-    assert [s["iteration"] for s in samples] == [20, 40]
+    assert [s["iteration"] for s in samples] == [40, 80]
     for sample in samples:
-        assert sample["gemms"] == {"fprop": 8, "dgrad": 8, "wgrad": 8}
+        assert sample["gemms"] == {"fprop": 16, "dgrad": 16, "wgrad": 16}
         assert len(sample["layers"]) == 2 * 4 * 5
         for row in sample["layers"]:
             assert 25 < row["sqnr_db"] < 40 and row["saturation"] == 0
@@ -129,7 +128,7 @@ def test_numbers_are_those_of_the_event_files(page, compared):
         losses = event_losses(compared[0] / name)
         final[name] = sum(losses[i] for i in WINDOW) / len(WINDOW)
         assert float(row["final loss"]) == pytest.approx(final[name], abs=2e-5), name
-        assert row["iterations"] == "40 of 40" and row["status"] == "finished"
+        assert row["iterations"] == "80 of 80" and row["status"] == "finished"
     verdicts = page.rows("verdicts")
     for recipe, seeds in (("infir2", SEEDS[:1]), ("control-e5m2", SEEDS)):
         gaps = []
@@ -161,7 +160,7 @@ def test_event_files_hold_the_cast_errors(compared):
         if f"layer {row['layer']} {row['linear']} {row['operand']}" == tag.partition("/")[2]
     )
     first = events.Scalars(tag)[0]
-    assert (first.step, first.value) == (20, pytest.approx(written, rel=1e-6))
+    assert (first.step, first.value) == (40, pytest.approx(written, rel=1e-6))
 
 
 def test_page_is_self_contained(page, compared):

