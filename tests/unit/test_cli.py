@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from megatron_fp8_ext import presets
+
 TRACE = (
     "import sys, runpy; sys.argv = ['megatron-fp8', *{argv!r}]\n"
     "try:\n    runpy.run_module('megatron_fp8_ext.cli', run_name='__main__')\n"
@@ -33,7 +35,7 @@ def cli(*argv: str, **env: str):
         ["--help"], ["--version"], ["list"], ["list", "losses"], ["show", "infir2"],
         ["expand", "--", "--bf16", "--use-distributed-optimizer", "--fp8-recipe", "infir2"],
         ["data", "tokenize", "--help"], ["compare", "--help"], ["report", "--help"],
-        ["list", "presets"], ["show", "qwen2.5-7b-cpt"],
+        ["list", "presets"], ["show", "qwen2.5-7b-cpt"], ["watch", "--help"],
         ["run", "qwen2.5-7b-cpt", "--dry-run"], ["run", "qwen2.5-7b-rl-stage1", "--dry-run"],
         ["eval", "aime24", "--model", ".", "--dry-run"],
         ["convert", "--help"], ["convert", "verify", "--help"],
@@ -58,6 +60,17 @@ def test_show_names_the_native_flags():
     done = cli("show", "infir2")
     assert "--fp8-recipe blockwise --fp8-format e4m3 --fp8-param-gather" in done.stdout
     assert "128x128" in done.stdout and "power_of_two" in done.stdout
+
+
+def test_show_is_whole_on_80_columns():
+    shown = cli("show", "qwen2.5-7b-rl-stage1", COLUMNS="80").stdout
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    preset = presets.get("qwen2.5-7b-rl-stage1")
+    for rows in preset.sections.values():
+        for key, setting in rows.items():
+            assert f"  {key} = {setting.value}  [{setting.origin}]" in shown
+    notes = "".join(shown.split())
+    assert all("".join(why.split()) in notes for why in preset.dropped.values())
 
 
 def test_expand_prints_a_command_to_paste():
@@ -86,6 +99,7 @@ def test_expand_prints_a_command_to_paste():
         (["compare", "--output", "x", "qwen2.5-7b-cpt", "data"], "write it as key=value"),
         (["compare", "--output", "x", "demo", "fast"], "demo takes Megatron flags after it"),
         (["report", "/nowhere"], "no member.json"),
+        (["watch", "/nowhere"], "no such folder"),
     ],
 )
 def test_bad_input_is_one_line(argv, words):
