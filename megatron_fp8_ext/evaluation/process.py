@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -29,14 +30,24 @@ class Guarded:
         *,
         env: Mapping[str, str] | None = None,
         keep_open: Sequence[int] = (),
+        after: Sequence[str] = (),
     ) -> None:
-        """Start `argv`. `keep_open`: descriptors (a lock) that stay open until all is stopped."""
+        """Start `argv`.
+
+        Args:
+            argv: the command.
+            log: where its output goes.
+            env: its environment.
+            keep_open: descriptors (a lock) that stay open until all is stopped.
+            after: command that the guard runs once all is stopped, however that came about.
+        """
         self.log = log
         self._link, theirs = socket.socketpair()
+        after_words = json.dumps(list(after))
         with log.open("ab") as output, theirs:
             self.start_of_log = output.tell()
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", str(_GUARD), str(theirs.fileno()), *argv],
+                [sys.executable, "-I", str(_GUARD), str(theirs.fileno()), after_words, *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

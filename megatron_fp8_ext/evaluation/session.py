@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.evaluation import datasets, evalscope, model, report, results
+from megatron_fp8_ext.evaluation import datasets, evalscope, model, report, results, sandbox
 from megatron_fp8_ext.evaluation.benchmarks import Benchmark
 from megatron_fp8_ext.evaluation.datasets import Data
 from megatron_fp8_ext.evaluation.evalscope import Settings
@@ -103,7 +103,7 @@ def run(request: Request, console: Console) -> dict[str, Any]:
     for benchmark, settings in request.benchmarks:
         for k in request.pass_at:
             benchmark.allows_pass_at(k, settings.samples)
-        if benchmark.runs_code and (problem := evalscope.sandbox_problem()):
+        if benchmark.runs_code and (problem := sandbox.problem()):
             raise UserError(
                 f"{benchmark.name} runs programs that the model writes, only in a container without "
                 f"network: {problem}; mend that or leave {benchmark.name} out"
@@ -234,7 +234,13 @@ def _once(
     environment = evalscope.environment(part.work, request.download is None)
     environment |= {"EVALSCOPE_BASE_URL": server.url, "EVALSCOPE_API_KEY": server.key or "EMPTY"}
     words = evalscope.run_command(request.python, part.work, _call(request, part))
-    process = Guarded(words, part.work / "evalscope.log", env=environment, keep_open=(lock,))
+    process = Guarded(
+        words,
+        part.work / "evalscope.log",
+        env=environment,
+        keep_open=(lock,),
+        after=sandbox.removal(part.work) if part.benchmark.runs_code else (),
+    )
     said = began = time.monotonic()
     start = results.finished(part.work)
     try:

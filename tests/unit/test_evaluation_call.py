@@ -195,7 +195,7 @@ def cli(*argv: str, **env: str):
         (["aime24"], "--model is missing"),
         (["aime24", "--model", "/nowhere"], "nothing is downloaded from a model hub"),
         (["aime24", "--model", ".", "--server", "sgland"], "did you mean 'sglang'"),
-        (["aime24", "--server", "openai"], "needs --url"),
+        (["aime24", "--server", "openai"], "needs a URL"),
         (["aime24", "--model", ".", "--samples", "0"], "--samples 0: must be at least 1"),
         (["aime24", "--model", ".", "--temperature", "0"], "add --samples 1"),
         (["aime24", "--model", ".", "--evalscope", "/nowhere"], "no Python there"),
