@@ -42,7 +42,9 @@ app = typer.Typer(
 def run(
     benchmarks: Annotated[str, typer.Argument(help="aime24,aime25,gpqa,livecodebench")],
     model: Annotated[Path | None, typer.Option(help="Hugging Face folder to serve")] = None,
-    server: Annotated[str, typer.Option(help="sglang, vllm, transformers or openai URL")] = "sglang",
+    server: Annotated[
+        str, typer.Option(help="sglang, vllm, transformers or openai URL")
+    ] = "sglang",
     url: Annotated[str | None, typer.Option(help="of a running server, up to /v1 (openai)")] = None,
     name: Annotated[str | None, typer.Option(help="the model's name at the server")] = None,
     data: Annotated[list[str] | None, typer.Option(help="FOLDER or NAME=FILE, repeatable")] = None,
@@ -157,7 +159,9 @@ def _server(
             kind="openai", name=found, model=model, url=url, key=key, ready_s=timeout
         )
     if kind == "openai":
-        raise UserError("--server openai needs a URL, such as --server openai http://127.0.0.1:8000/v1")
+        raise UserError(
+            "--server openai needs a URL, such as --server openai http://127.0.0.1:8000/v1"
+        )
     if model is None:
         raise UserError("--model is missing: the folder to serve (or --url of a running server)")
     if not model.is_dir():

@@ -19,6 +19,7 @@ PROCESSES = 128
 SCRATCH_BYTES = 256 << 20  # /tmp, the only place to write; it counts towards the memory limit
 LABEL = "megatron-fp8-eval"
 EXIT_CODE = 70  # of evalscope's process when a container fails
+FAILED = "the container sandbox-"  # begins the line that says why
 
 # Process 1, which `kill -1` spares: reaps what programs leave behind, ends when told to.
 _INIT = "trap 'exit 0' TERM; while :; do sleep 60 & wait; done"
@@ -158,7 +159,7 @@ def install(label: str) -> type[Any]:
 def _failed(name: str, reason: object) -> NoReturn:
     """End this process at once: evalscope would score the answer as wrong."""
     line = " ".join(str(reason).split())
-    print(f"the container sandbox-{name} failed: {line}", file=sys.stderr, flush=True)
+    print(f"\n{FAILED}{name} failed: {line}", file=sys.stderr, flush=True)
     os._exit(EXIT_CODE)
 
 

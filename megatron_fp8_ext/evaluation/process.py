@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _GUARD = Path(__file__).with_name("guard.py")
 
 
@@ -83,7 +85,7 @@ class Guarded:
         """Return the last lines that this command wrote, joined into one."""
         with contextlib.suppress(OSError), self.log.open("rb") as file:
             file.seek(max(self.start_of_log, self.log.stat().st_size - 20_000))
-            text = file.read().decode("utf-8", errors="replace")
+            text = _COLOUR.sub("", file.read().decode("utf-8", errors="replace"))
             kept = [x.strip() for x in text.splitlines() if x.strip() and "it/s]" not in x]
             return " | ".join(x[:300] for x in kept[-lines:]) or "no output"
         return "no output"

@@ -30,8 +30,8 @@ def label(work: Path) -> str:
 
 def removal(work: Path) -> list[str]:
     """Return the command that removes every container labelled for `work`, with its volume."""
-    found = f"docker ps -aq --filter label={LABEL}={label(work)}"
-    return ["sh", "-c", f'found=$({found}); [ -z "$found" ] || docker rm -fv $found >/dev/null']
+    listed = f"docker ps -aq --filter label={LABEL}={label(work)}"
+    return ["sh", "-c", f"for each in $({listed}); do docker rm -fv $each; done >/dev/null 2>&1"]
 
 
 def problem(image: str = str(CONFIG["image"])) -> str | None:

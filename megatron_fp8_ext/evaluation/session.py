@@ -16,7 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.evaluation import datasets, evalscope, model, report, results, sandbox
+from megatron_fp8_ext.evaluation import (
+    container,
+    datasets,
+    evalscope,
+    model,
+    report,
+    results,
+    sandbox,
+)
 from megatron_fp8_ext.evaluation.benchmarks import Benchmark
 from megatron_fp8_ext.evaluation.datasets import Data
 from megatron_fp8_ext.evaluation.evalscope import Settings
@@ -241,7 +249,7 @@ def _once(
         keep_open=(lock,),
         after=sandbox.removal(part.work) if part.benchmark.runs_code else (),
     )
-    said = began = time.monotonic()
+    told = began = time.monotonic()
     start = results.finished(part.work)
     try:
         while process.poll() is None:
@@ -250,9 +258,9 @@ def _once(
             bar.update(shown, completed=done, note="")
             if not server.alive():
                 return f"the server stopped ({server.process.tail(2) if server.process else ''})"
-            if not bar.console.is_terminal and time.monotonic() - said > _LOG_EVERY_S:
-                said = time.monotonic()
-                rate = (done - start) / (said - began)
+            if not bar.console.is_terminal and time.monotonic() - told > _LOG_EVERY_S:
+                told = time.monotonic()
+                rate = (done - start) / (told - began)
                 left = (
                     f"{(part.total - done) / rate / 60:.0f} min left" if rate else "no answer yet"
                 )
@@ -261,7 +269,9 @@ def _once(
         process.stop()
     if not server.alive():
         return f"the server stopped ({server.process.tail(2) if server.process else ''})"
-    return f"evalscope stopped with exit code {process.poll()} ({process.tail(2)})"
+    said = process.tail(50).split(" | ")
+    reasons = [line for line in said if line.startswith(container.FAILED)] or said[-2:]
+    return f"evalscope stopped with exit code {process.poll()} ({' | '.join(reasons)})"
 
 
 def _finish(
