@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_fp8_ext import __version__, presets, registry
 from megatron_fp8_ext.commands import bench, compare, convert, data, demo, evaluate, rl, schedule
 from megatron_fp8_ext.commands import run as run_command
+from megatron_fp8_ext.commands import watch as watch_command
 from megatron_fp8_ext.errors import UserError, unknown_name
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command("report")(compare.report_)
 app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
     run_command.run
 )
+app.command()(watch_command.watch)
 app.add_typer(rl.app, name="rl")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(evaluate.app, name="eval")
@@ -50,16 +52,19 @@ def list_(
         kind = plurals.get(kind, kind)
         if kind not in kinds:
             raise unknown_name("kind", kind, kinds)
-    table = Table("kind", "name", "package", "what it is", box=None)
+    table = Table("kind", Column("name", no_wrap=True), "what it is", box=None)
     for each in [kind] if kind else kinds:
         if each == "preset":
             for name in presets.names():
-                table.add_row(each, name, "megatron-fp8-ext", presets.get(name).summary)
+                table.add_row(each, name, presets.get(name).summary)
             continue
         for provider in registry.providers(each):
             found = provider.load()
             what = getattr(found, "summary", None) or (found.__doc__ or "").split("\n")[0]
-            table.add_row(each, provider.name, provider.distribution, what)
+            ours = provider.distribution == "megatron-fp8-ext"
+            table.add_row(
+                each, provider.name, what if ours else f"{what} ({provider.distribution})"
+            )
     _out.print(table)
 
 
@@ -136,15 +141,18 @@ def doctor(
 
         rows = examine(hf_checkpoint, engine_gpus, tensor_parallel)
         findings += [checks.Finding(*row) for row in rows]
-    table = Table("", "what", "found", "mend", box=None)
+    folded = (Column(name, overflow="fold") for name in ("what", "found", "mend"))
+    table = Table("", *folded, box=None)
     style = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fail": "[red]FAIL[/]"}
     for finding in findings:
         table.add_row(style[finding.level], finding.subject, finding.found, finding.mend)
     _out.print(table)
-    seams = Table("seam", "applies", "why", "delete when", box=None, title="Seams in Megatron")
+    place = Column("seam", overflow="fold", ratio=3)
+    columns = (Column(name, ratio=share) for name, share in (("why", 3), ("delete when", 2)))
+    seams = Table(place, Column("applies", ratio=1), *columns, box=None, title="Seams in Megatron")
     for patch in PATCHES:
-        place = f"{patch.module.removeprefix('megatron.')}: {patch.symbol}"
-        seams.add_row(place, f"{patch.when}, {patch.versions}", patch.reason, patch.delete_when)
+        symbol = f"{patch.module.removeprefix('megatron.')}: {patch.symbol}"
+        seams.add_row(symbol, f"{patch.when}, {patch.versions}", patch.reason, patch.delete_when)
     _out.print(seams)
     if any(finding.level == "fail" for finding in findings):
         raise typer.Exit(1)

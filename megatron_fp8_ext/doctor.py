@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,8 +49,12 @@ def examine() -> list[Finding]:
 def _import(name: str, mend: str) -> tuple[Any, Finding]:
     if importlib.util.find_spec(name) is None:
         return None, Finding("fail", name, "not installed", mend)
+    # Megatron's warnings of what is missing are this report's findings.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
-        module = importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = importlib.import_module(name)
     except Exception as error:  # a broken install fails in any way
         return None, Finding("fail", name, f"does not import: {error}", f"reinstall {name}")
     return module, Finding("ok", name, str(getattr(module, "__version__", "unknown version")))
@@ -100,7 +106,7 @@ def _megatron() -> Finding:
         return imported
     version = compat.megatron_version()
     tested = compat.parse_version(version)[:2] in compat.MEGATRON_TESTED
-    where = "wheel" if wheel == version else "checkout"
+    where = "wheel" if compat.megatron_is_wheel() else "checkout"
     if tested:
         return Finding("ok", "Megatron", f"{version} ({where})")
     return Finding(

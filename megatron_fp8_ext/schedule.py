@@ -178,6 +178,8 @@ def resolve(
                 "length of the stable phase, such as --wsd-stable-iters"
             )
         whole = _whole(written, base, batch)
+    if whole < 1:
+        raise UserError(f"{total or stable} makes a run of no iteration: give a longer one")
 
     def measure(length: Length | None) -> int | None:
         if length is None:
@@ -212,7 +214,7 @@ def _whole(written: Sequence[Length], base: Base, batch: Batch) -> int:
     """Return the run's length that leaves the written fractions to the written lengths."""
     fractions = sum((x.value for x in written if x.unit == "fraction"), Fraction(0))
     fixed = sum(batch.length_in(x, base) for x in written if x.unit != "fraction")
-    if fractions >= 1 or not fixed:
+    if fractions and (fractions >= 1 or not fixed):
         parts = ", ".join(str(length) for length in written)
         raise UserError(f"{parts}: fractions alone give no length; add --train-iters")
     return math.ceil(Fraction(fixed) / (1 - fractions))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_fp8_ext import picture
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.schedule import WSD, Base, Batch, DecayStyle
-
-# Read as well by colour-blind readers, and on white and on black.
-COLOURS = ("#888888", "#d1495b", "#2e86ab", "#66a182", "#edae49", "#8d5a97")
 
 
 @dataclass(frozen=True)
@@ -88,47 +85,70 @@ def rows(curve: Curve) -> list[Row]:
 
 
 def branch(
-    stable: WSD,
-    at: int,
-    length: int,
-    style: DecayStyle | None = None,
-    lr: float | None = None,
-    min_lr: float | None = None,
+    stable: WSD, at: int, length: int, style: DecayStyle | None = None, size: int = 1
 ) -> WSD:
-    """Return the schedule of a decay of `length` that leaves `stable` at `at`, in the same units.
+    """Return the schedule of a decay of `length` iterations that leaves `stable` at iteration `at`.
+
+    Args:
+        stable: the run it leaves.
+        at: its last iteration before the decay.
+        length: of the decay.
+        style: of the decay; the stable run's if None.
+        size: of an iteration, in the units of `stable`.
 
     Raises:
-        UserError: `at` lies inside the warmup or the decay.
+        UserError: `at` lies inside the warmup or the decay, or outside of the run.
     """
-    for inside, phase, mend in (
-        (at < stable.warmup_samples, "warmup", f"at {stable.warmup_samples} or later"),
-        (at > stable.decay_start, "decay", f"at {stable.decay_start} or earlier"),
+    here = at * size
+    first, last = max(-(-stable.warmup_samples // size), 1), stable.decay_start // size
+    decays = stable.decay_samples > 0 and here < stable.total_samples
+    for wrong, reason, mend in (
+        (at < 1, "has no checkpoint", f"at {first} or later"),
+        (here < stable.warmup_samples, "is inside the warmup", f"at {first} or later"),
+        (
+            here > stable.decay_start,
+            "is inside the decay" if decays else "is after the end of the run",
+            f"at {last} or earlier",
+        ),
     ):
-        if inside:
-            raise UserError(f"a branch at {at} is inside the {phase}: branch {mend}")
+        if wrong:
+            raise UserError(f"a branch at iteration {at} {reason}: branch {mend}")
     return WSD(
-        lr=stable.lr if lr is None else lr,
-        min_lr=stable.min_lr if min_lr is None else min_lr,
+        lr=stable.lr,
+        min_lr=stable.min_lr,
         warmup_samples=stable.warmup_samples,
-        total_samples=at + length,
-        decay_samples=length,
+        total_samples=here + length * size,
+        decay_samples=length * size,
         decay_style=style or stable.decay_style,
         init_lr=stable.init_lr,
     )
 
 
-def draw(curves: Sequence[Curve], scale: Scale, width: int = 72, height: int = 12) -> list[str]:
-    """Return the curves as lines of text; each is drawn with its number, the first with a star."""
+def draw(curves: Sequence[Curve], scale: Scale, width: int = 72, height: int = 13) -> list[str]:
+    """Return the curves as lines of text; each is drawn with its number, the first with a star.
+
+    Args:
+        curves: what to draw.
+        scale: what they count in.
+        width: columns of the plot.
+        height: its lines; a multiple of 3 and one, so that the first and the last are labelled.
+    """
     last = max(curve.end for curve in curves)
     top = max(_peak(curve) for curve in curves) or 1.0
     grid = [[" "] * width for _ in range(height)]
     for index, curve in enumerate(curves):
         mark = "*" if index == 0 else str(index % 10)
+        before: int | None = None
         for column in range(width):
             here = round(last * column / (width - 1))
             if curve.begin <= here <= curve.end:
                 line = round((1 - curve.schedule.at(here) / top) * (height - 1))
                 grid[line][column] = mark
+                # A steep part is drawn without gaps.
+                for between in range(min(line, before or line), max(line, before or line)):
+                    if grid[between][column] == " ":
+                        grid[between][column] = mark
+                before = line
     out = []
     for number, cells in enumerate(grid):
         label = f"{top * (1 - number / (height - 1)):.2e}" if number % 3 == 0 else ""
@@ -144,22 +164,13 @@ def _peak(curve: Curve) -> float:
 
 
 def write_svg(path: Path, curves: Sequence[Curve], scale: Scale) -> None:
-    """Draw the curves into an SVG file, by a temporary name and a rename.
+    """Draw the curves into an SVG file.
 
     Raises:
-        UserError: no matplotlib, or a folder that cannot be written.
+        UserError: no matplotlib, or a place that cannot be written.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("svg")
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            f'--svg {path} needs matplotlib ({error}): pip install "megatron-fp8-ext[report]"'
-        ) from error
-    figure = Figure(figsize=(8, 3.4), layout="tight")
-    axes = figure.subplots()
+    picture.require(f"--svg {path}")
+    figure, (axes,) = picture.panels(8, 3.4)
     for index, curve in enumerate(curves):
         count = min(curve.end - curve.begin, 400)
         where = [
@@ -172,24 +183,9 @@ def write_svg(path: Path, curves: Sequence[Curve], scale: Scale) -> None:
             [scale.iterations(x) if scale.iterations(x) is not None else x for x in where],
             [curve.schedule.at(x) for x in where],
             label=curve.name,
-            color=COLOURS[index % len(COLOURS)],
+            color=picture.COLOURS[index % len(picture.COLOURS)],
             linewidth=2.2 if index == 0 else 1.4,
         )
     axes.set_xlabel("samples" if scale.iterations(1) is None else "iteration")
-    axes.set_ylabel("learning rate")
-    axes.set_ylim(bottom=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "schedule"}):
-            with partial.open("wb") as file:
-                figure.savefig(file, format="svg", metadata={"Date": None})
-                file.flush()
-                os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"--svg {path} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    picture.learning_rates(figure, axes)
+    picture.write_svg(path, figure)

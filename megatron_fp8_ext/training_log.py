@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 _ITERATION = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|")
 _VALIDATION = re.compile(
@@ -74,3 +74,14 @@ def parse(lines: Iterable[str]) -> Iterator[Iteration]:
         found = parse_line(line)
         if found is not None:
             yield found
+
+
+def own_losses(iterations: Sequence[Iteration]) -> list[Iteration]:
+    """Return the iterations of one process, logged one by one, with the second's own loss.
+
+    Megatron prints the mean of the first two there; what is returned has lost about one digit.
+    """
+    out = list(iterations)
+    if len(out) > 1 and out[0].loss is not None and out[1].loss is not None:
+        out[1] = replace(out[1], loss=2 * out[1].loss - out[0].loss)
+    return out

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import random
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +45,11 @@ TRAINING = (
     "--split 98,2,0 --eval-iters 0 --eval-interval 1000000 --log-interval 1 --save-interval 1000 "
     "--seed 1236"
 ).split()
+# Flags of TRAINING that a schedule of ours replaces.
+NATIVE_SCHEDULE = tuple(
+    "--train-iters --lr --min-lr --lr-decay-style --lr-wsd-decay-style --lr-wsd-decay-iters "
+    "--lr-warmup-iters".split()
+)
 
 
 @dataclass(frozen=True)
@@ -73,8 +83,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run(argv: list[str], timeout: int = 400, **env: str) -> Outcome:
-    """Run a command with a clean environment of our variables, and parse its log."""
+def run(
+    argv: list[str],
+    timeout: int = 400,
+    kill: Callable[[subprocess.Popen[str]], None] | None = None,
+    **env: str,
+) -> Outcome:
+    """Run a command with a clean environment of our variables, and parse its log.
+
+    `kill` runs in a thread meanwhile, and may end the process (and its group).
+    """
     clean = {
         k: v
         for k, v in os.environ.items()
@@ -84,12 +102,20 @@ def run(argv: list[str], timeout: int = 400, **env: str) -> Outcome:
         clean.pop(name, None)
     path = os.pathsep.join(filter(None, (str(ROOT), clean.get("PYTHONPATH"))))
     clean |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
-    done = subprocess.run(
-        argv, capture_output=True, text=True, errors="replace", timeout=timeout, env=clean, cwd="/",
-        start_new_session=True,
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=clean,
+        cwd="/", start_new_session=True,
     )  # fmt: skip
-    output = done.stdout + done.stderr
-    return Outcome(done.returncode, output, list(training_log.parse(done.stdout.splitlines())))
+    if kill is not None:
+        threading.Thread(target=kill, args=(process,), daemon=True).start()
+    try:
+        printed, errors = process.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    parsed = list(training_log.parse(printed.splitlines()))
+    return Outcome(process.returncode, printed + errors, parsed)
 
 
 def _need_megatron() -> None:
@@ -171,6 +197,7 @@ def train(corpus: Path):
         launcher: bool = False,
         drop: dict[str, bool] | None = None,  # flag of MODEL -> whether it takes a value
         without: tuple[str, ...] = (),  # flags of TRAINING that take a value
+        kill: Callable[[subprocess.Popen[str]], None] | None = None,
         **env: str,
     ):
         data = ["--data-path", str(corpus), "--data-cache-path", str(corpus.parent / "cache")]
@@ -186,7 +213,7 @@ def train(corpus: Path):
         for flag in without:
             training = arguments.without(training, flag, takes_value=True)
         program = script if isinstance(script, tuple) else (str(script),)
-        outcome = run([*python, *program, *model, *training, *data, *flags], **env)
+        outcome = run([*python, *program, *model, *training, *data, *flags], kill=kill, **env)
         if ok:
             assert outcome.code == 0, outcome.output[-6000:]
         return outcome
@@ -209,3 +236,67 @@ def bf16_run(train):
 def wheel(request):
     """(version, folder) of each supported megatron-core wheel."""
     return request.param, megatron_wheel(request.param)
+
+
+SFT = (
+    "--seq-length 256 --max-position-embeddings 512 --micro-batch-size 1 --global-batch-size 8 "
+    "--train-iters 6 --lr-decay-style constant"
+).split()
+
+
+def without_defaults(flags: list[str]) -> list[str]:
+    """TRAINING of conftest without BF16 (exact comparisons) and without a WSD schedule."""
+    kept, skip = [], 0
+    takes = ("--lr-decay-style", "--lr-wsd-decay-style", "--lr-wsd-decay-iters", "--lr-warmup-iters",
+             "--micro-batch-size", "--global-batch-size", "--train-iters", "--split", "--eval-iters",
+             "--eval-interval")  # fmt: skip
+    for token in flags:
+        if skip:
+            skip -= 1
+        elif token in takes:
+            skip = 1
+        elif token != "--bf16":
+            kept.append(token)
+    return kept
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory):
+    """40 short reasoning samples in a byte tokenizer's tokens."""
+    from chat import write_tokenizer
+
+    from megatron_fp8_ext.sft import pack_job, template
+
+    folder = tmp_path_factory.mktemp("sft")
+    chat = template.load(write_tokenizer(folder / "tokenizer"))
+    draw = random.Random(0)
+    with (folder / "a.jsonl").open("w") as file:
+        for _ in range(40):
+            a, n = draw.randrange(90), draw.choice([1, 2, 5, 9, 30])
+            steps = " ".join(str(a + k) for k in range(n))
+            answer = f"<think>\n{steps}\n</think>\n{a + n}"
+            file.write(json.dumps({"prompt": f"{a}+{n}?", "response": answer}) + "\n")
+    pack_job.pack([folder / "a.jsonl"], chat, folder / "out", pack_job.Options(seq_length=256))
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def sft(packed):
+    """Start a run on packed samples; extra flags are appended."""
+
+    def start(*flags, processes=1, ok=True, data=None, base=SFT):
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+                         "--master-port", str(free_port())]  # fmt: skip
+        assert MODEL[-4:] == ["--seq-length", "128", "--max-position-embeddings", "128"]
+        model = MODEL[:-4]
+        own = ["--sft-data", str(data or packed)]
+        outcome = run(
+            [*launcher, str(ENTRY), *model, *without_defaults(TRAINING), *base, *own, *flags]
+        )
+        if ok:
+            assert outcome.code == 0, outcome.output[-6000:]
+        return outcome
+
+    return start

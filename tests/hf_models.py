@@ -36,6 +36,7 @@ ODD = ALIGNED | {
     "vocab_size": 500,
 }
 LLAMA = ALIGNED | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+QWEN3 = ALIGNED | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 UNTIED = {"tie_word_embeddings": False}
 
 
@@ -60,6 +61,8 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         }
         if config["model_type"] == "qwen2":
             found |= {f"{at}.self_attn.{x}_proj.bias": (q if x == "q" else kv,) for x in "qkv"}
+        if config["model_type"] == "qwen3":
+            found |= {f"{at}.self_attn.{x}_norm.weight": (d,) for x in "qk"}
     found["model.norm.weight"] = (h,)
     if not config["tie_word_embeddings"]:
         found["lm_head.weight"] = (v, h)

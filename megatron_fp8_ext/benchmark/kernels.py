@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
+from itertools import product
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Shape:
         hidden: hidden size.
         ffn: FFN size.
         vocabulary: padded vocabulary size.
+        kv: width of the keys (and of the values) over all groups.
     """
 
     name: str
@@ -34,13 +36,14 @@ class Shape:
     hidden: int
     ffn: int
     vocabulary: int
+    kv: int
 
 
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape(name="qwen2.5-1.5b", tokens=16384, hidden=1536, ffn=8960, vocabulary=151936),
-        Shape(name="qwen2.5-7b", tokens=8192, hidden=3584, ffn=18944, vocabulary=152064),
+        Shape(name="qwen2.5-1.5b", tokens=16384, hidden=1536, ffn=8960, vocabulary=151936, kv=256),
+        Shape(name="qwen2.5-7b", tokens=8192, hidden=3584, ffn=18944, vocabulary=152064, kv=512),
     )
 }
 
@@ -89,7 +92,11 @@ def require_gpu() -> None:
 
 
 def run(
-    shape: Shape, budget_ms: float = 60.0, sweep: bool = False, only: str = ""
+    shape: Shape,
+    budget_ms: float = 60.0,
+    sweep: bool = False,
+    only: str = "",
+    cases: Callable[[Shape, bool], Iterator[Case]] | None = None,
 ) -> dict[str, Any]:
     """Measure every kernel for one shape and return the record that is written as JSON.
 
@@ -98,6 +105,7 @@ def run(
         budget_ms: device time for each measurement.
         sweep: try several numbers of warps for each tile kernel.
         only: measure the kernels whose name contains this.
+        cases: what to measure; None for the kernels.
 
     Raises:
         UserError: there is no GPU for it.
@@ -106,7 +114,7 @@ def run(
     torch.manual_seed(1236)
     copy, gemm = timing.copy_rate(), timing.gemm_rate()
     rows: list[Row] = []
-    for kernel, by, moved, flops, call, note in _cases(shape, sweep):
+    for kernel, by, moved, flops, call, note in (cases or _cases)(shape, sweep):
         if only not in kernel:
             continue
         time = timing.measure(call, budget_ms)
@@ -147,7 +155,7 @@ def _versions() -> dict[str, str]:
 def _cases(shape: Shape, sweep: bool) -> Iterator[Case]:
     yield from _cast_cases(shape, sweep)
     yield from _swiglu_cases(shape, sweep)
-    yield from _norm_cases(shape)
+    yield from _norm_cases(shape, sweep)
     yield from _loss_cases(shape)
 
 
@@ -197,10 +205,25 @@ def _swiglu_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
 
     x, dy = _random(shape.tokens, 2 * shape.ffn), _random(shape.tokens, shape.ffn)
     for warps in _warps(sweep):
-        forward = partial(swiglu.swiglu_cast, x, "power_of_two", warps=warps)
-        yield "SwiGLU + cast", "ours", dy.numel() * 6, 0, forward, f"{warps} warps"
-        backward = partial(swiglu.swiglu_backward_cast, dy, x, "power_of_two", warps=warps)
-        yield "SwiGLU backward + cast", "ours", dy.numel() * 10, 0, backward, f"{warps} warps"
+        both = partial(swiglu.swiglu_cast, x, "power_of_two", warps=warps)
+        yield "SwiGLU + cast", "ours", dy.numel() * 6, 0, both, f"{warps} warps"
+        late = partial(both, columns=False)
+        yield "SwiGLU + cast rows", "ours", dy.numel() * 5, 0, late, f"{warps} warps"
+        stash = partial(both, stash=True)
+        yield "SwiGLU + cast, stash", "ours", dy.numel() * 8, 0, stash, f"{warps} warps"
+    kept = swiglu.swiglu_cast(x, "power_of_two", columns=False, stash=True).stash
+    for apart, warps in product((True, False) if sweep else (True,), (8, 16) if sweep else (16,)):
+        note = f"{warps} warps, {'a program for each result' if apart else 'one for all'}"
+        backward = partial(
+            swiglu.swiglu_backward_cast, dy, x, "power_of_two", apart=apart, warps=warps
+        )
+        yield "SwiGLU backward + cast", "ours", dy.numel() * 10, 0, backward, note
+        again = partial(backward, y_columns=True)
+        yield "SwiGLU backward + cast + y", "ours", dy.numel() * 11, 0, again, note
+        of_stash = partial(
+            swiglu.swiglu_backward_cast, dy, kept or x, "power_of_two", apart=apart, warps=warps
+        )
+        yield "SwiGLU backward + cast of a stash", "ours", dy.numel() * 8, 0, of_stash, note
     te_y, te_dx = _te_cast(dy, False), _te_cast(x, False)
     if te_y is None or te_dx is None:
         return
@@ -220,7 +243,7 @@ def _swiglu_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
     yield "SwiGLU backward + cast", "TE, two kernels", dy.numel() * 10, 0, te_backward, ""
 
 
-def _norm_cases(shape: Shape) -> Iterator[Case]:
+def _norm_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
     from megatron_fp8_ext.kernels import rmsnorm
 
     x, w = _random(shape.tokens, shape.hidden), _random(shape.hidden)
@@ -232,6 +255,13 @@ def _norm_cases(shape: Shape) -> Iterator[Case]:
         yield f"RMSNorm + cast {name}", "ours", n * (2 + rows + columns), 0, call, ""
     backward = partial(rmsnorm.rmsnorm_backward_cast, dy, x, w, rstd, "power_of_two", residual=past)
     yield "RMSNorm backward + residual + cast", "ours", n * 10, 0, backward, ""
+    plain = partial(
+        rmsnorm.rmsnorm_backward_cast, dy, x, w, rstd, "power_of_two", rows=False, columns=False
+    )
+    yield "RMSNorm backward", "ours", n * 6, 0, plain, ""
+    for warps in (8, 16) if sweep else (16,):
+        late = partial(rmsnorm.rmsnorm_columns, x, w, rstd, "power_of_two", warps)
+        yield "RMSNorm columns", "ours", n * 3, 0, late, f"{warps} warps"
 
 
 def _loss_cases(shape: Shape) -> Iterator[Case]:
@@ -254,6 +284,45 @@ def _loss_cases(shape: Shape) -> Iterator[Case]:
     note = "FLOPs of three GEMMs"
     yield "head + loss, forward and backward", "ours, chunked", 0, flops, ours, note
     yield "head + loss, forward and backward", "torch, full logits", 0, flops, plain, note
+
+
+def gemm_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
+    """The three products of each linear layer: torch's in BF16, TransformerEngine's block-scaled."""
+    from megatron_fp8_ext.kernels.cast import BlockCast, cast_1x128
+    from megatron_fp8_ext.megatron_plugin import te_tensor
+    from megatron_fp8_ext.megatron_plugin.te_gemm import TEGemm
+
+    try:
+        gemm, quantize = TEGemm(), te_tensor.quantizer("power_of_two", True)
+    except (ImportError, OSError) as error:
+        raise UserError(f"bench gemm needs TransformerEngine: {error}") from error
+    layers = (
+        ("qkv", shape.hidden + 2 * shape.kv, shape.hidden),
+        ("proj", shape.hidden, shape.hidden),
+        ("fc1", 2 * shape.ffn, shape.hidden),
+        ("fc2", shape.hidden, shape.ffn),
+    )
+    for name, n, k in layers:
+        x, dy, w = _random(shape.tokens, k), _random(shape.tokens, n), _random(n, k) * 0.02
+        flops = 2 * shape.tokens * n * k
+        for kind, plain in (
+            ("fprop", partial(torch.mm, x, w.t())),
+            ("dgrad", partial(torch.mm, dy, w)),
+            ("wgrad", partial(torch.mm, dy.t(), x)),
+        ):
+            yield f"{name} {kind}", "BF16", 0, flops, plain, f"M {shape.tokens} N {n} K {k}"
+        x_cast: BlockCast = cast_1x128(x, "power_of_two")
+        dy_cast: BlockCast = cast_1x128(dy, "power_of_two")
+        w_cast = quantize(w)
+        main_grad = torch.zeros(n, k, dtype=torch.float32, device="cuda")
+        for kind, scaled, note in (
+            ("fprop", partial(gemm.fprop, x_cast, w_cast), ""),
+            ("dgrad", partial(gemm.dgrad, dy_cast, w_cast), ""),
+            ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, None, False), "to new BF16"),
+            ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, main_grad, True), "added to FP32"),
+            ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, main_grad, False), "over FP32"),
+        ):
+            yield f"{name} {kind}", "TE blockwise", 0, flops, scaled, note
 
 
 def markdown(record: dict[str, Any]) -> str:

@@ -7,9 +7,12 @@ safetensors   the safetensors format, tensor by tensor
 huggingface   a Hugging Face folder: configuration, shards, everything else
 architecture  config.json -> what Megatron must be told
 mapping       the table of names between the two
+weights       a Megatron checkpoint's weights, from main parameters where it has them (buffers: without names)
+state         arguments and schedule of a checkpoint
 megatron      Megatron -> Hugging Face and back
 fp8           block-scaled E4M3 for serving, and back
 gguf          a GGUF file as a Hugging Face folder
 compare       two checkpoints, tensor by tensor; their logits on a prompt
+complete      which checkpoint of a folder is whole
 output        a folder that appears complete or not at all
 """

@@ -2,7 +2,7 @@
 
 The weights of a model fit a command with a wrong rotary base, epsilon or head count without a word, so
 all of it is read from the configuration, printed, stored with a converted checkpoint, and compared with
-what a trained checkpoint says of itself.
+what a trained checkpoint says of itself. `convert` and `run` both take their flags from here.
 """
 
 from __future__ import annotations
@@ -24,8 +24,31 @@ _LLAMA3 = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a `model_type` differs from a pre-norm SwiGLU decoder with rotary positions and no biases.
+
+    Attributes:
+        qkv_bias: whether the QKV projection has a bias.
+        qk_norm: whether queries and keys are normalized, each head by itself.
+        window: `sliding_window` where config.json has none, for a family that always obeys the field.
+    """
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True),
+    "llama": Family(),
+    "mistral": Family(window=4096),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder of the Qwen2 or Llama family, in Megatron's terms.
+    """A decoder of one of the `FAMILIES`, in Megatron's terms.
 
     Attributes:
         family: `model_type` of config.json.
@@ -36,11 +59,12 @@ class Architecture:
         num_query_groups: key and value heads.
         kv_channels: width of a head.
         vocab_size: rows of the embedding in the Hugging Face model.
-        max_position_embeddings: longest context.
+        max_position_embeddings: longest context; None where the configuration does not say.
         rotary_base: RoPE theta.
         rope_scaling_factor: of Llama 3's scaling; None without.
         norm_epsilon: of every RMSNorm.
         qkv_bias: whether the QKV projection has a bias.
+        qk_norm: whether queries and keys are normalized.
         tied: whether embedding and LM head are one tensor.
     """
 
@@ -52,11 +76,12 @@ class Architecture:
     num_query_groups: int
     kv_channels: int
     vocab_size: int
-    max_position_embeddings: int
+    max_position_embeddings: int | None
     rotary_base: int
     rope_scaling_factor: float | None
     norm_epsilon: float
     qkv_bias: bool
+    qk_norm: bool
     tied: bool
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
@@ -87,6 +112,7 @@ class Architecture:
             "swiglu": True,
             "add_bias_linear": False,
             "add_qkv_bias": self.qkv_bias,
+            "qk_layernorm": self.qk_norm,
             "untie_embeddings_and_output_weights": not self.tied,
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
@@ -103,36 +129,60 @@ class Architecture:
             arguments["rope_scaling_factor"] = self.rope_scaling_factor
         return arguments
 
-    def megatron_flags(self, tensor_parallel: int = 1) -> list[str]:
-        """Return the flags of a training command for this model, one string a flag."""
-        flags = [
-            f"--num-layers {self.num_layers}",
-            f"--hidden-size {self.hidden_size}",
-            f"--ffn-hidden-size {self.ffn_hidden_size}",
-            f"--num-attention-heads {self.num_attention_heads}",
-            f"--kv-channels {self.kv_channels}",
-            f"--max-position-embeddings {self.max_position_embeddings}",
-            "--position-embedding-type rope",
-            f"--rotary-base {self.rotary_base}",
-            "--rotary-percent 1.0",
-            "--normalization RMSNorm",
-            f"--norm-epsilon {self.norm_epsilon:g}",
-            "--swiglu",
-            "--disable-bias-linear",
-            f"--vocab-size {self.vocab_size}",
-            f"--padded-vocab-size {self.padded_vocab_size(tensor_parallel)}",
-            "--attention-dropout 0",
-            "--hidden-dropout 0",
-        ]
+    def flags(self, tensor_parallel: int = 1) -> dict[str, str]:
+        """Return Megatron's flags by name without dashes; `true` and `false` are switches."""
+
+        def switch(on: bool) -> str:
+            return "true" if on else "false"
+
+        found = {
+            "num-layers": str(self.num_layers),
+            "hidden-size": str(self.hidden_size),
+            "ffn-hidden-size": str(self.ffn_hidden_size),
+            "num-attention-heads": str(self.num_attention_heads),
+        }
         if self.num_query_groups != self.num_attention_heads:
-            flags.insert(4, f"--group-query-attention --num-query-groups {self.num_query_groups}")
-        if self.qkv_bias:
-            flags.append("--add-qkv-bias")
-        if not self.tied:
-            flags.append("--untie-embeddings-and-output-weights")
+            found["group-query-attention"] = "true"
+            found["num-query-groups"] = str(self.num_query_groups)
+        if self.kv_channels * self.num_attention_heads != self.hidden_size:
+            found["kv-channels"] = str(self.kv_channels)
+        found |= {
+            "disable-bias-linear": "true",
+            "add-qkv-bias": switch(self.qkv_bias),
+            "qk-layernorm": switch(self.qk_norm),
+            "normalization": "RMSNorm",
+            "norm-epsilon": f"{self.norm_epsilon:g}",
+            "swiglu": "true",
+            "position-embedding-type": "rope",
+            "rotary-percent": "1.0",
+            "rotary-base": str(self.rotary_base),
+        }
         if self.rope_scaling_factor is not None:
-            flags.append(f"--use-rope-scaling --rope-scaling-factor {self.rope_scaling_factor:g}")
-        return flags
+            found["use-rope-scaling"] = "true"
+            found["rope-scaling-factor"] = f"{self.rope_scaling_factor:g}"
+        return found | {
+            "untie-embeddings-and-output-weights": switch(not self.tied),
+            "padded-vocab-size": str(self.padded_vocab_size(tensor_parallel)),
+        }
+
+    def megatron_flags(self, tensor_parallel: int = 1) -> list[str]:
+        """Return the flags of a training command for this model, one string a flag.
+
+        Besides `flags`, what a preset decides for itself: context, dropout and the bare vocabulary.
+        """
+        found = self.flags(tensor_parallel)
+        if self.max_position_embeddings is not None:
+            found["max-position-embeddings"] = str(self.max_position_embeddings)
+        found |= {
+            "vocab-size": str(self.vocab_size),
+            "attention-dropout": "0",
+            "hidden-dropout": "0",
+        }
+        return [
+            f"--{name}" if value == "true" else f"--{name} {value}"
+            for name, value in found.items()
+            if value != "false"
+        ]
 
     def differences(self, arguments: Mapping[str, Any]) -> list[str]:
         """Return where a checkpoint's own arguments contradict this architecture, in clauses."""
@@ -188,11 +238,11 @@ def _same(stored: Any, wanted: Any) -> bool:
 _COMPARED = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels rotary_base "
     "rotary_percent use_rope_scaling norm_epsilon normalization swiglu add_bias_linear add_qkv_bias "
-    "untie_embeddings_and_output_weights position_embedding_type"
+    "qk_layernorm untie_embeddings_and_output_weights position_embedding_type"
 ).split()
 _OTHER_NAMES = {"norm_epsilon": ("norm_epsilon", "layernorm_epsilon")}
 _MUST_BE_OFF = (
-    "num_experts qk_layernorm qk_l2_norm attention_output_gate apply_layernorm_1p rotary_interleaved "
+    "num_experts qk_l2_norm attention_output_gate apply_layernorm_1p rotary_interleaved "
     "multi_latent_attention mtp_num_layers heterogeneous_layers_config_path"
 ).split()
 
@@ -208,9 +258,10 @@ def from_config(config: Mapping[str, Any], where: str) -> Architecture:
         UserError: another family, a missing field, or something Megatron computes otherwise.
     """
     family = config.get("model_type")
-    if family not in ("qwen2", "llama"):
+    traits = FAMILIES.get(str(family))
+    if traits is None:
         raise UserError(
-            f"{where}: model_type '{family}' is not supported; known: qwen2 (Qwen2, Qwen2.5), llama"
+            f"{where}: model_type '{family}' is not supported; known: {', '.join(FAMILIES)}"
         )
 
     def integer(name: str) -> int:
@@ -228,6 +279,11 @@ def from_config(config: Mapping[str, Any], where: str) -> Architecture:
         raise UserError(
             f"{where}: hidden_size {hidden} is no multiple of {heads} heads; add head_dim"
         )
+    if traits.window is not None and config.get("sliding_window", traits.window) is not None:
+        raise UserError(
+            f"{where}: sliding_window is {config.get('sliding_window', traits.window)}; Megatron's flags "
+            "know no window; null where the model was trained without one"
+        )
     for name, fine in _FIXED.items():
         if config.get(name, fine[0]) not in fine:
             raise UserError(
@@ -235,7 +291,7 @@ def from_config(config: Mapping[str, Any], where: str) -> Architecture:
             )
     base, factor = _rope(config, where)
     return Architecture(
-        family=family,
+        family=str(family),
         num_layers=integer("num_hidden_layers"),
         hidden_size=hidden,
         ffn_hidden_size=integer("intermediate_size"),
@@ -243,11 +299,14 @@ def from_config(config: Mapping[str, Any], where: str) -> Architecture:
         num_query_groups=groups,
         kv_channels=head,
         vocab_size=integer("vocab_size"),
-        max_position_embeddings=integer("max_position_embeddings"),
+        max_position_embeddings=(
+            integer("max_position_embeddings") if "max_position_embeddings" in config else None
+        ),
         rotary_base=base,
         rope_scaling_factor=factor,
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        qkv_bias=family == "qwen2",
+        qkv_bias=traits.qkv_bias,
+        qk_norm=traits.qk_norm,
         tied=bool(config.get("tie_word_embeddings", False)),
     )
 

@@ -2,6 +2,8 @@
 
 Values are compared under Hugging Face names, FP8 dequantized; two FP8 folders also code by code. Two Megatron
 checkpoints without a configuration are compared under Megatron's names.
+
+Folders are read by ranges of rows, a Megatron checkpoint by tensors (its pieces are one blob each).
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ import torch
 from torch import Tensor
 
 from megatron_fp8_ext.checkpoint import architecture, fp8, huggingface, mapping
+from megatron_fp8_ext.checkpoint.architecture import BLOCK
 from megatron_fp8_ext.checkpoint.huggingface import Folder
 from megatron_fp8_ext.checkpoint.mapping import Unit
-from megatron_fp8_ext.checkpoint.megatron import MegatronWeights
 from megatron_fp8_ext.checkpoint.report import Progress, meter
 from megatron_fp8_ext.checkpoint.torch_dist import TorchDist, open_checkpoint
+from megatron_fp8_ext.checkpoint.weights import MegatronWeights
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.fp8.error import sqnr_db
+from megatron_fp8_ext.files import read_json
+from megatron_fp8_ext.fp8.error import decibels, energies
 
 
 class Values(Protocol):
@@ -32,10 +36,10 @@ class Values(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor, in reading order."""
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor's values."""
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor's values, or those of a range of its first axis that begins at a block."""
 
-    def codes(self, name: str) -> tuple[Tensor, Tensor] | None:
+    def codes(self, name: str, rows: slice) -> tuple[Tensor, Tensor] | None:
         """Return an FP8 weight's codes and scales as stored; None for any other."""
 
 
@@ -47,13 +51,14 @@ class _HuggingFaceValues:
                  not n.endswith(fp8.SCALE)]  # fmt: skip
         self.shapes = {name: folder.entries[name].shape for name in names}
 
-    def read(self, name: str) -> Tensor:
-        return fp8.read_dequantized(self.folder, name)
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        return fp8.read_dequantized(self.folder, name, rows)
 
-    def codes(self, name: str) -> tuple[Tensor, Tensor] | None:
+    def codes(self, name: str, rows: slice) -> tuple[Tensor, Tensor] | None:
         if self.folder.entries[name].dtype != torch.float8_e4m3fn:
             return None
-        return self.folder.read(name), self.folder.read(name + fp8.SCALE)
+        blocks = slice(rows.start // BLOCK, -(-rows.stop // BLOCK))
+        return self.folder.read(name, rows), self.folder.read(name + fp8.SCALE, blocks)
 
 
 class _MegatronValues:
@@ -67,13 +72,15 @@ class _MegatronValues:
         }
         self._last: tuple[Unit, dict[str, Tensor]] | None = None
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
         unit = self._units[name]
         if self._last is None or self._last[0] is not unit:
+            self._last = None  # first let go of what was read
             self._last = (unit, self._weights.read(unit))  # q, k and v are one read
-        return self._last[1][name]
+        value = self._last[1][name]
+        return value if rows is None else value[rows]
 
-    def codes(self, name: str) -> tuple[Tensor, Tensor] | None:
+    def codes(self, name: str, rows: slice) -> tuple[Tensor, Tensor] | None:
         return None
 
 
@@ -83,6 +90,7 @@ class _NativeValues:
     def __init__(self, checkpoint: TorchDist) -> None:
         self._checkpoint = checkpoint
         self._places: dict[str, tuple[str, int | None]] = {}
+        self._last: tuple[str, Tensor] | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, stored in sorted(checkpoint.tensors.items()):
             if "optimizer" in name:
@@ -95,10 +103,13 @@ class _NativeValues:
                 self._places[f"{name}[{layer}]"] = (name, layer)
                 self.shapes[f"{name}[{layer}]"] = stored.shape[1:]
 
-    def read(self, name: str) -> Tensor:
-        return self._checkpoint.read(*self._places[name])
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = (name, self._checkpoint.read(*self._places[name]))
+        return self._last[1] if rows is None else self._last[1][rows]
 
-    def codes(self, name: str) -> tuple[Tensor, Tensor] | None:
+    def codes(self, name: str, rows: slice) -> tuple[Tensor, Tensor] | None:
         return None
 
 
@@ -123,7 +134,7 @@ def find_config(paths: Sequence[Path | None]) -> tuple[dict[str, Any] | None, st
     for path in paths:
         if path is not None and (path / "config.json").is_file():
             file = path / "config.json"
-            return huggingface.read_json(file, ""), str(file)
+            return read_json(file, "copy the model again"), str(file)
     return None, ""
 
 
@@ -182,7 +193,7 @@ class Comparison:
 def compare(
     a: Path, b: Path, hf_reference: Path | None = None, progress: Progress | None = None
 ) -> Comparison:
-    """Compare two checkpoints, one tensor in memory at a time.
+    """Compare two checkpoints; memory is the largest tensor of a Megatron checkpoint, or a few rows.
 
     Raises:
         UserError: one cannot be read; a name only one of them has; shapes that differ.
@@ -205,17 +216,21 @@ def compare(
 
 
 def _row(name: str, left: Values, right: Values) -> TensorRow:
-    x, y = left.read(name), right.read(name)
-    codes = None
-    ours, theirs = left.codes(name), right.codes(name)
-    if ours is not None and theirs is not None:
-        codes = all(_same_bits(p, q) for p, q in zip(ours, theirs, strict=True))
-    x, y = x.to(torch.float32), y.to(torch.float32)
-    if _same_bits(x, y):
-        return TensorRow(name, 0.0, math.inf, True, codes)
-    error = (x - y).abs().nan_to_num(nan=math.inf).max().item()
-    noise = sqnr_db(x, y)
-    return TensorRow(name, error, -math.inf if math.isnan(noise) else noise, False, codes)
+    shape = left.shapes[name]
+    bitwise, codes, error, signal, noise = True, None, 0.0, 0.0, 0.0
+    for rows in fp8.slabs(shape) if shape else (None,):
+        x, y = left.read(name, rows).to(torch.float32), right.read(name, rows).to(torch.float32)
+        part = energies(x, y)
+        signal += part[0]
+        if not _same_bits(x, y):
+            bitwise, noise = False, noise + part[1]
+            error = max(error, (x - y).abs().nan_to_num(nan=math.inf).max().item())
+        if rows is not None:
+            ours, theirs = left.codes(name, rows), right.codes(name, rows)
+            if ours is not None and theirs is not None:
+                same = all(_same_bits(p, q) for p, q in zip(ours, theirs, strict=True))
+                codes = same and codes is not False
+    return TensorRow(name, error, decibels(signal, noise), bitwise, codes)
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:

@@ -8,13 +8,13 @@ does not name, or an empty tracker, on which Megatron stops.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fp8_ext.checkpoint import layout
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import write_atomically
 
 # Both `.metadata` and this file exist only in the torch_dist format.
 LAST_FILE = "metadata.json"
@@ -143,17 +143,7 @@ def repair(root: Path, choice: Choice) -> None:
     if choice.iteration is None:
         tracker.unlink(missing_ok=True)
         return
-    replace_text(tracker, str(choice.iteration))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that it is never seen half-written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_atomically(tracker, str(choice.iteration))
 
 
 def _broken(gaps: dict[int, str], chosen: int | None) -> str | None:

@@ -2,7 +2,8 @@
 
 The format is DeepSeek-V3's, which transformers, SGLang and vLLM read: beside each `weight` (E4M3, `[N, K]`)
 a `weight_scale_inv` (FP32, `[ceil(N / 128), ceil(K / 128)]`), the factor that dequantizes; and in
-config.json a `quantization_config`. The cast is `fp8/reference.py`, training's own.
+config.json a `quantization_config`. The cast is `fp8/reference.py`, training's own; on a GPU the Triton
+kernel that equals it bit for bit.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from megatron_fp8_ext.checkpoint.huggingface import Folder
 from megatron_fp8_ext.checkpoint.report import Progress, Report, meter
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.fp8 import reference
+from megatron_fp8_ext.kernels import support
 from megatron_fp8_ext.recipe import ScaleFormat
 
 SCALE = "_scale_inv"  # after the weight's name
-# Values cast at a time: bounds the FP32 copies, of which a cast makes several.
-_SLAB_VALUES = 1 << 21
+# Values cast at a time. On the CPU it bounds the FP32 copies, of which the reference makes several; a GPU
+# is slow at small ones.
+SLAB_VALUES = 1 << 21
+_GPU_SLAB_VALUES = 1 << 26
 Device = Literal["auto", "cpu", "cuda"]
 # [N, K] bfloat16 -> codes, scales. Any other cast must agree with the reference bit for bit.
 Cast = Callable[[Tensor, ScaleFormat], reference.Quantized]
@@ -61,7 +65,7 @@ def hf_to_fp8(
     *,
     scale_format: str = "e8m0",
     device: Device = "auto",
-    cast: Cast = reference.quantize_weight,
+    cast: Cast | None = None,
     tensor_parallel: int = 1,
     shard_bytes: int = huggingface.SHARD_BYTES,
     progress: Progress | None = None,
@@ -73,7 +77,7 @@ def hf_to_fp8(
         target: must not exist.
         scale_format: `e8m0`, powers of two in FP32 containers (`infir2`), or `fp32` (`infir2-rl`).
         device: where to cast; `auto` takes the GPU if there is one. The codes are the same.
-        cast: the cast.
+        cast: the cast; `choose_cast` without it.
         tensor_parallel: of the training run, to say whether blocks were the same.
         shard_bytes: largest shard of the output.
         progress: see `report.Progress`.
@@ -102,13 +106,14 @@ def hf_to_fp8(
         | {"lm_head"}  # tied models have the module without a tensor
     )
     where = _device(device)
+    chosen, by = choose_cast(where) if cast is None else (cast, "the given cast")
     counter = meter(sum(e.nbytes for e in folder.entries.values()), progress)
     with output.folder(target, huggingface.total_bytes(specs)) as partial:
         writer = huggingface.FolderWriter(partial, specs, shard_bytes)
         for name, entry in folder.entries.items():
             value = folder.read(name)
             if name in weights:
-                quantized = cast_weight(value, _FORMATS[scale_format][0], where, cast, name)
+                quantized = cast_weight(value, _FORMATS[scale_format][0], where, chosen, name)
                 writer.write(name, quantized.codes)
                 writer.write(name + SCALE, quantized.scale_inv)
             else:
@@ -116,13 +121,30 @@ def hf_to_fp8(
             counter.add(entry.nbytes)
         config = {**folder.config, "quantization_config": quantization_config(scale_format, kept)}
         writer.finish(config, copy_from=source)
-    notes = [f"{len(weights)} weights in FP8, cast on {where}; BF16: {_summary(kept)}"]
+    notes = [f"{len(weights)} weights in FP8, cast on {where} by {by}; BF16: {_summary(kept)}"]
     notes += _reader_notes(folder, arch, weights)
     notes += [
         f"blocks differ from those training with TP={tensor_parallel} casts: {reason}"
         for reason in arch.block_mismatches(tensor_parallel)
     ]
     return Report(target, len(specs), counter.done, counter.seconds, tuple(notes))
+
+
+def choose_cast(device: torch.device) -> tuple[Cast, str]:
+    """Return the fastest cast that can run on a device, and what does it; all give the same bits."""
+    if device.type != "cuda":
+        return reference.quantize_weight, "torch"
+    gap = support.gap(device)
+    if gap is not None:
+        return reference.quantize_weight, f"torch ({gap})"
+    return triton_cast, "Triton"
+
+
+def triton_cast(weight: Tensor, scale_format: ScaleFormat) -> reference.Quantized:
+    """Cast a BF16 weight `[N, K]` with the training kernel, for fprop's operand alone."""
+    from megatron_fp8_ext.kernels.cast import cast_128x128  # imports triton
+
+    return cast_128x128(weight.contiguous(), scale_format, columns=False).quantized()
 
 
 def cast_weight(
@@ -135,7 +157,8 @@ def cast_weight(
     """
     codes = torch.empty(value.shape, dtype=torch.float8_e4m3fn)
     scales = []
-    for rows in _slabs(value.shape):
+    values = SLAB_VALUES if device.type == "cpu" else _GPU_SLAB_VALUES
+    for rows in slabs(tuple(value.shape), values):
         slab = value[rows].to(device).to(torch.bfloat16)
         if not bool(torch.isfinite(slab).all()):
             raise UserError(
@@ -226,15 +249,20 @@ def is_block_fp8(folder: Folder) -> bool:
     return True
 
 
-def read_dequantized(folder: Folder, name: str) -> Tensor:
+def read_dequantized(folder: Folder, name: str, rows: slice | None = None) -> Tensor:
     """Return a tensor; FP8 weights dequantized to BF16 (exact where scales are powers of two).
+
+    Args:
+        folder: an FP8 folder, or a plain one.
+        name: of the tensor.
+        rows: a range of its first axis that begins at a multiple of 128; all of it without.
 
     Raises:
         UserError: an FP8 weight without scales, or with scales of another shape or dtype.
     """
     entry = folder.entries[name]
     if entry.dtype != torch.float8_e4m3fn:
-        return folder.read(name)
+        return folder.read(name, rows)
     scales = folder.entries.get(name + SCALE)
     if scales is None:
         raise UserError(f"{folder.path}: {name} is FP8 and has no {name}{SCALE}")
@@ -243,18 +271,20 @@ def read_dequantized(folder: Folder, name: str) -> Tensor:
             f"{folder.path}: {name}{SCALE} is {scales.dtype} {list(scales.shape)}, expected float32 "
             f"{list(scale_shape(entry.shape))}"
         )
-    codes, scale_inv = folder.read(name), folder.read(scales.name)
-    out = torch.empty(entry.shape, dtype=torch.bfloat16)
-    for rows in _slabs(entry.shape):
-        blocks = slice(rows.start // BLOCK, -(-rows.stop // BLOCK))
-        slab = reference.Quantized(codes[rows], scale_inv[blocks], (BLOCK, BLOCK))
-        out[rows] = slab.dequantize(torch.bfloat16)
+    first, last = (0, entry.shape[0]) if rows is None else (rows.start, rows.stop)
+    out = torch.empty((last - first, entry.shape[1]), dtype=torch.bfloat16)
+    for slab in slabs((last - first, entry.shape[1])):
+        part = slice(first + slab.start, first + slab.stop)
+        blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
+        codes, scale_inv = folder.read(name, part), folder.read(scales.name, blocks)
+        quantized = reference.Quantized(codes, scale_inv, (BLOCK, BLOCK))
+        out[slab] = quantized.dequantize(torch.bfloat16)
     return out
 
 
-def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
+def slabs(shape: tuple[int, ...], values: int = SLAB_VALUES) -> Iterator[slice]:
     """Yield slices of rows, whole blocks each, so that slab by slab is the same as all at once."""
-    step = max(_SLAB_VALUES // (BLOCK * max(shape[1], 1)), 1) * BLOCK
+    step = max(values // (BLOCK * max(math.prod(shape[1:]), 1)), 1) * BLOCK
     for first in range(0, shape[0], step):
         yield slice(first, min(first + step, shape[0]))
 

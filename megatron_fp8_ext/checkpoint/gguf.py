@@ -16,6 +16,7 @@ from megatron_fp8_ext import tokenizer
 from megatron_fp8_ext.checkpoint import architecture, huggingface, megatron, output
 from megatron_fp8_ext.checkpoint.report import Report, meter
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import sync
 
 
 def gguf_to_hf(source: Path, target: Path) -> Report:
@@ -49,7 +50,7 @@ def gguf_to_hf(source: Path, target: Path) -> Report:
         words.save(str(partial / "tokenizer.json"))
         huggingface.write_json(partial / "tokenizer_config.json", _tokenizer_config(source, words))
         with (partial / "tokenizer.json").open("rb") as file:
-            output.sync(file)
+            sync(file)
     note = (
         f"dequantized by transformers and rounded to BF16; vocabulary of {words.get_vocab_size()}"
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_fp8_ext.checkpoint import output, safetensors
 from megatron_fp8_ext.checkpoint.safetensors import Entry, FileWriter
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import read_json, sync
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -40,9 +41,9 @@ class Folder:
     config: dict[str, Any]
     entries: dict[str, Entry]
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor as it is stored."""
-        return safetensors.read(self.entries[name])
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor as it is stored, or a range of its first axis."""
+        return safetensors.read(self.entries[name], rows)
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -71,23 +72,6 @@ def open_folder(path: Path, weights: bool = True) -> Folder:
     return Folder(path, config, entries)
 
 
-def read_json(path: Path, mend: str) -> dict[str, Any]:
-    """Return a JSON object.
-
-    Raises:
-        UserError: missing, or not one.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; {mend}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return value
-
-
 def _entries(path: Path) -> dict[str, Entry]:
     if not (path / INDEX).is_file():
         if (path / SINGLE).is_file():
@@ -98,7 +82,7 @@ def _entries(path: Path) -> dict[str, Entry]:
                 f"{path} holds {shards[0].name} but neither {SINGLE} nor {INDEX}; copy the index too"
             )
         return {}
-    names = read_json(path / INDEX, "").get("weight_map")
+    names = read_json(path / INDEX, "copy the model again").get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
         raise UserError(f"{path / INDEX} has no weight_map")
     entries: dict[str, Entry] = {}
@@ -192,4 +176,4 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
-        output.sync(file)
+        sync(file)

@@ -1,7 +1,7 @@
 """The table between Megatron's names and Hugging Face's, and how one tensor becomes several.
 
-To add a family whose layers are of this kind: name it in `architecture.from_config` and, where it has more
-tensors, add rows here (Qwen3's q_norm, for one, is a row with COPY). Shapes are checked on both sides, and
+To add a family whose layers are of this kind: name it in `architecture.FAMILIES` and, where it has more
+tensors, add rows here (Qwen3's q_norm and k_norm are such). Shapes are checked on both sides, and
 a name without a row is an error, so a wrong row cannot convert anything silently.
 
 Names of dimensions: L layers, H hidden, F FFN, V vocabulary, G query groups, R = query heads of a group,
@@ -67,6 +67,7 @@ def _qkv(*rest: str) -> Layout:
 
 
 NORM = _copy(lambda a: (a.hidden_size,))
+HEAD_NORM = _copy(lambda a: (a.kv_channels,))
 VOCABULARY = _copy(lambda a: (a.vocab_size, a.hidden_size))
 ATTENTION_OUT = _copy(lambda a: (a.hidden_size, a.num_attention_heads * a.kv_channels))
 FFN_OUT = _copy(lambda a: (a.hidden_size, a.ffn_hidden_size))
@@ -105,6 +106,10 @@ TABLE: tuple[Row, ...] = (
         tuple(f"{_L}self_attn.{x}_proj.weight" for x in "qkv"), QKV_WEIGHT, fp8=True),
     Row(f"{_LAYERS}self_attention.linear_qkv.bias",
         tuple(f"{_L}self_attn.{x}_proj.bias" for x in "qkv"), QKV_BIAS, lambda a: a.qkv_bias),
+    Row(f"{_LAYERS}self_attention.q_layernorm.weight",
+        (f"{_L}self_attn.q_norm.weight",), HEAD_NORM, lambda a: a.qk_norm),
+    Row(f"{_LAYERS}self_attention.k_layernorm.weight",
+        (f"{_L}self_attn.k_norm.weight",), HEAD_NORM, lambda a: a.qk_norm),
     Row(f"{_LAYERS}self_attention.linear_proj.weight",
         (f"{_L}self_attn.o_proj.weight",), ATTENTION_OUT, fp8=True),
     Row(f"{_LAYERS}mlp.linear_fc1.layer_norm_weight",
@@ -116,14 +121,13 @@ TABLE: tuple[Row, ...] = (
     Row("output_layer.weight", ("lm_head.weight",), VOCABULARY, lambda a: not a.tied),
 )  # fmt: skip
 
-# The layers whose GEMMs are FP8 in training; TransformerEngine's keep an `_extra_state` beside them.
-EXTRA_STATES = (
-    f"{_LAYERS}self_attention.linear_qkv",
-    f"{_LAYERS}self_attention.core_attention",
-    f"{_LAYERS}self_attention.linear_proj",
-    f"{_LAYERS}mlp.linear_fc1",
-    f"{_LAYERS}mlp.linear_fc2",
-)
+
+def extra_states(a: Architecture) -> list[str]:
+    """Return the modules of a layer beside which TransformerEngine's layers keep an `_extra_state`."""
+    norms = ("q_layernorm", "k_layernorm") if a.qk_norm else ()
+    attention = ("linear_qkv", "core_attention", "linear_proj", *norms)
+    found = [f"{_LAYERS}self_attention.{module}" for module in attention]
+    return [*found, f"{_LAYERS}mlp.linear_fc1", f"{_LAYERS}mlp.linear_fc2"]
 
 
 @dataclass(frozen=True)

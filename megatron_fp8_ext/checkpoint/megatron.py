@@ -2,178 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_fp8_ext.checkpoint import architecture, huggingface, mapping, output
 from megatron_fp8_ext.checkpoint.architecture import Architecture
 from megatron_fp8_ext.checkpoint.huggingface import Folder
-from megatron_fp8_ext.checkpoint.mapping import Unit, check_shape
+from megatron_fp8_ext.checkpoint.mapping import check_shape
 from megatron_fp8_ext.checkpoint.report import Progress, Report, meter
-from megatron_fp8_ext.checkpoint.torch_dist import TorchDist, open_checkpoint
+from megatron_fp8_ext.checkpoint.torch_dist import open_checkpoint
 from megatron_fp8_ext.checkpoint.torch_dist_writer import TorchDistWriter
+from megatron_fp8_ext.checkpoint.weights import BF16, MegatronWeights
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import sync
 
 FLAGS_FILE = "megatron_flags.txt"
-BF16 = torch.bfloat16
-
-# FP32 main parameters: the plain and Megatron 0.14's optimizer, the fully reshardable one from 0.17.
-_MAIN_PARAM = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)")
-_NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state", "common_state", "opt_param_")
-
-
-class MegatronWeights:
-    """The weights of a Megatron checkpoint under Hugging Face names.
-
-    Attributes:
-        checkpoint: the open checkpoint.
-        arch: the architecture, held to the checkpoint's own arguments and shapes.
-        arguments: what Megatron stored of its command; empty where it stored nothing.
-        from_main_params: whether tensors are read from the FP32 main parameters.
-        notes: what was found on the way.
-    """
-
-    def __init__(
-        self, checkpoint: TorchDist, arch: Architecture, use_main_params: bool = True
-    ) -> None:
-        self.checkpoint, self.arch = checkpoint, arch
-        self.arguments = checkpoint.arguments()
-        self.notes: list[str] = []
-        self._check_arguments()
-        self._names = self._resolve()
-        main = {
-            match.group(1): name
-            for name in checkpoint.tensors
-            if (match := _MAIN_PARAM.fullmatch(name))
-        }
-        wanted = {name for name, _ in self._names.values()}
-        self.from_main_params = use_main_params and wanted <= set(main)
-        self._main = main if self.from_main_params else {}
-        self._check_shapes()
-        self.notes.append(self._source_note(use_main_params))
-
-    def _check_arguments(self) -> None:
-        if not self.arguments:
-            self.notes.append(
-                "the checkpoint stores no arguments: heads, rotary base and epsilon are the reference's, "
-                "unchecked"
-            )
-            return
-        differences = self.arch.differences(self.arguments)
-        if differences:
-            raise UserError(
-                f"{self.checkpoint.path} is another model than the reference: "
-                f"{'; '.join(differences)}"
-            )
-
-    def _resolve(self) -> dict[tuple[str, int | None], tuple[str, int | None]]:
-        """Return (stored name, index on its first axis) for each unit's (name, layer)."""
-        stored = {
-            name
-            for name in self.checkpoint.tensors
-            if not name.startswith(_NOT_WEIGHTS) and "optimizer.state." not in name
-        }
-        numbered = {n for n in stored if re.match(r"decoder\.layers\.\d+\.", n)}
-        stacked = {n for n in stored if n.startswith("decoder.layers.")} - numbered
-        if numbered and stacked:
-            raise UserError(
-                f"{self.checkpoint.path} stores layers both stacked ({min(stacked)}) and by number "
-                f"({min(numbered)})"
-            )
-        names: dict[tuple[str, int | None], tuple[str, int | None]] = {}
-        for unit in mapping.units(self.arch):
-            name, layer = unit.megatron, unit.layer
-            if layer is not None and numbered:
-                name = name.replace("decoder.layers.", f"decoder.layers.{layer}.", 1)
-                layer = None
-            if name not in stored:
-                raise UserError(f"{self.checkpoint.path} has no {name}{self._why_missing(name)}")
-            names[unit.megatron, unit.layer] = (name, layer)
-        unknown = sorted(stored - {name for name, _ in names.values()})
-        if unknown:
-            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-            tied = ""
-            if unknown == ["output_layer.weight"]:
-                tied = ": the checkpoint's LM head is its own, config.json ties it to the embedding"
-            raise UserError(
-                f"{self.checkpoint.path}: {unknown[0]}{more} has no place in a {self.arch.family} model"
-                f"{tied or '; a row in checkpoint/mapping.py would give it one'}"
-            )
-        return names
-
-    def _why_missing(self, name: str) -> str:
-        if name == "output_layer.weight":
-            return ": its LM head is tied to the embedding, config.json says it is not"
-        return ", which the reference's architecture needs"
-
-    def _check_shapes(self) -> None:
-        for unit in mapping.units(self.arch):
-            name, layer = self._names[unit.megatron, unit.layer]
-            for stored in (name, self._main.get(name)):
-                if stored is None:
-                    continue
-                shape = self.checkpoint.tensors[stored].shape
-                if layer is not None:
-                    if shape[0] != self.arch.num_layers:
-                        raise UserError(
-                            f"{self.checkpoint.path}: {stored} has {shape[0]} layers, config.json says "
-                            f"{self.arch.num_layers}"
-                        )
-                    shape = shape[1:]
-                if unit.row.layout is mapping.VOCABULARY and len(shape) == 2:
-                    if shape[0] < self.arch.vocab_size:
-                        raise UserError(
-                            f"{self.checkpoint.path}: {stored} has {shape[0]} rows, the vocabulary of "
-                            f"config.json {self.arch.vocab_size}: another tokenizer"
-                        )
-                    shape = (self.arch.vocab_size, *shape[1:])
-                check_shape(stored, shape, unit.megatron_shape, str(self.checkpoint.path))
-
-    def _source_note(self, asked: bool) -> str:
-        if self.from_main_params:
-            return "read from the FP32 main parameters, rounded to BF16 as training rounds before it casts"
-        why = "not asked for" if not asked else "no main parameters by name in the checkpoint"
-        gathered = self.arguments.get("fp8_param_gather", self.arguments.get("fp8_param"))
-        if gathered is False or (self.arguments and gathered is None):
-            return f"read from the model's weights ({why}), which are the BF16 that training casts"
-        return (
-            f"read from the model's weights ({why}). Megatron saves FP8 weights dequantized: if these were "
-            "FP8, an FP8 export has the same values, but a block whose maximum had been rounded to 224 gets "
-            "doubled codes and a halved scale. To have training's codes, save with "
-            "--dist-ckpt-optim-fully-reshardable and keep the optimizer state"
-        )
-
-    @property
-    def tensor_parallel(self) -> int:
-        """Tensor parallelism of the run that saved; 1 if unknown."""
-        return int(self.arguments.get("tensor_model_parallel_size") or 1)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that reading everything takes."""
-        return sum(self.unit_bytes(unit) for unit in mapping.units(self.arch))
-
-    def unit_bytes(self, unit: Unit) -> int:
-        """Bytes that reading one unit takes."""
-        name, _ = self._names[unit.megatron, unit.layer]
-        stored = self.checkpoint.tensors[self._main.get(name, name)]
-        dtype: torch.dtype = getattr(torch, stored.dtype)
-        return math.prod(unit.megatron_shape) * dtype.itemsize
-
-    def read(self, unit: Unit) -> dict[str, Tensor]:
-        """Return a unit's Hugging Face tensors, BF16."""
-        name, layer = self._names[unit.megatron, unit.layer]
-        value = self.checkpoint.read(self._main.get(name, name), layer, dtype=BF16)
-        if unit.row.layout is mapping.VOCABULARY:
-            value = value[: self.arch.vocab_size]
-        parts = unit.row.layout.split(value, self.arch)
-        return dict(zip(unit.hf, parts, strict=True))
 
 
 def megatron_to_hf(
@@ -311,13 +157,13 @@ def hf_to_megatron(
         ):
             with (partial / file).open("w", encoding="utf-8") as opened:
                 opened.write(text)
-                output.sync(opened)
+                sync(opened)
     return Report(target, len(todo), counter.done, counter.seconds, tuple(notes))
 
 
 def _empty_states(arch: Architecture) -> Iterator[str]:
     """Names TransformerEngine's layers ask for; block scaling keeps nothing in them."""
-    for name in mapping.EXTRA_STATES:
+    for name in mapping.extra_states(arch):
         for layer in range(arch.num_layers):
             yield f"{name}._extra_state/shard_{layer}_{arch.num_layers}"
     yield "decoder.final_layernorm._extra_state/shard_0_1"

@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all.
+"""A folder that appears complete or not at all; `files.write_atomically` is the same for one small file.
 
 It is written under a hidden temporary name beside its place, every file is synced, and one rename shows
 it. A process killed on the way leaves that hidden folder and nothing else; the next run removes it.
@@ -13,15 +13,9 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 from megatron_fp8_ext.errors import UserError
-
-
-def sync(file: IO[Any]) -> None:
-    """Flush a file and wait until the disk has it."""
-    file.flush()
-    os.fsync(file.fileno())
+from megatron_fp8_ext.files import sync
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 A pickle names the functions it wants called. Here each name is looked up in a short list: what an index
 or a checkpoint's common state consists of becomes an inert `Record` (or a plain dict, tuple, string), and
-any other name is refused by name. No class of Megatron or torch is imported to read one.
+any other name is refused by name, or inert too where its reader is not `strict`. No class of Megatron
+or torch is imported to read one.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ class Record:
 
     def __hash__(self) -> int:
         return id(self)
+
+    def _swallow(self, *args: Any) -> None:
+        """What a pickle puts into a container of its own class."""
+
+    __setitem__ = append = extend = add = _swallow
 
 
 class Size(tuple[int, ...]):
@@ -75,6 +81,7 @@ _COMMON = {
       for name in ("scalar", "_reconstruct")),
 }  # fmt: skip
 _STORAGE = re.compile(r"[A-Z][A-Za-z0-9]*Storage")
+COMMON_LIMIT = 256 << 20  # bytes of a common state; a real one has tens of kilobytes
 
 
 class _Unpickler(pickle.Unpickler):
@@ -107,9 +114,13 @@ class IndexUnpickler(_Unpickler):
 class _CommonUnpickler(_Unpickler):
     what = "the common state of a checkpoint"
 
+    def __init__(self, file: IO[bytes], strict: bool) -> None:
+        super().__init__(file)
+        self._strict = strict
+
     def knows(self, module: str, name: str) -> bool:
         """Megatron's enumerations and settings; tensors are left unread."""
-        if module == "torch" and _STORAGE.fullmatch(name):
+        if not self._strict or (module == "torch" and _STORAGE.fullmatch(name)):
             return True
         return (module, name) in _COMMON or module.startswith("megatron.")
 
@@ -118,20 +129,29 @@ class _CommonUnpickler(_Unpickler):
         return Record(pid)
 
 
-def load_common(file: IO[bytes]) -> Any:
-    """Return the object in a file that `torch.save` wrote, as plain data and `Record`s.
+def load_common(file: IO[bytes], strict: bool = True) -> dict[str, Any]:
+    """Return the dict in a file that `torch.save` wrote, as plain data and `Record`s.
 
     Args:
         file: seekable; `common.pt`, or the bytes of `common_state`.
+        strict: refuse names that a common state does not consist of. Otherwise they are inert like all
+            others, for a run's arguments may hold objects of the script that saved them.
 
     Raises:
-        pickle.UnpicklingError: it names something that a common state does not consist of.
+        pickle.UnpicklingError: such a name.
         zipfile.BadZipFile: damaged, or written in torch's format before 1.6.
-        ValueError: no pickle in it.
+        ValueError: no pickle in it, one too long, or one of something else.
     """
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(names) != 1:
             raise ValueError("not a file of torch.save: no data.pkl in it")
+        if archive.getinfo(names[0]).file_size > COMMON_LIMIT:
+            raise ValueError(f"a pickle of {archive.getinfo(names[0]).file_size} bytes")
         with archive.open(names[0]) as pickled:
-            return _CommonUnpickler(pickled).load()
+            found = _CommonUnpickler(pickled, strict).load()
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]  # how Megatron stores an object: a list of its local parts
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__} instead of a dict")
+    return found

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import sync
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -118,17 +119,25 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read(entry: Entry) -> Tensor:
-    """Return the tensor; memory is its size.
+def read(entry: Entry, rows: slice | None = None) -> Tensor:
+    """Return the tensor, or a range of its first axis; memory is the result's size.
+
+    Args:
+        entry: what to read.
+        rows: with both ends, step 1, inside of the tensor.
 
     Raises:
         UserError: the file changed under us.
     """
-    buffer = bytearray(entry.nbytes)
+    shape, start = entry.shape, entry.start
+    if rows is not None:
+        shape = (rows.stop - rows.start, *entry.shape[1:])
+        start += rows.start * math.prod(entry.shape[1:]) * entry.dtype.itemsize
+    buffer = bytearray(math.prod(shape) * entry.dtype.itemsize)
     view, done = memoryview(buffer), 0
     try:
         with entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.start)
+            file.seek(start)
             while done < len(buffer):
                 count = file.readinto(view[done:])
                 if not count:
@@ -137,8 +146,8 @@ def read(entry: Entry) -> Tensor:
     except OSError as error:
         raise UserError(f"{entry.file} cannot be read: {error}") from error
     if not buffer:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).reshape(entry.shape)
+        return torch.empty(shape, dtype=entry.dtype)
+    return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).reshape(shape)
 
 
 class FileWriter:
@@ -187,6 +196,5 @@ class FileWriter:
         """Finish the file and wait until the disk has it."""
         if self._missing:
             raise ValueError(f"never written: {sorted(self._missing)}")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file)
         self._file.close()

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fp8_ext.checkpoint.complete import replace_text
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import write_atomically
 
 FILE = "sample_plan.json"
 
@@ -45,7 +45,7 @@ class SamplePlan:
 
     def write(self, folder: Path) -> None:
         """Write it into an iteration's folder, by a temporary name and a rename."""
-        replace_text(folder / FILE, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_atomically(folder / FILE, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
 def read(folder: Path) -> SamplePlan | None:

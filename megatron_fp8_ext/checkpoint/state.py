@@ -1,24 +1,20 @@
 """What a checkpoint says about its run: arguments, position in the data, state of the schedule.
 
-Megatron pickles them (`common_state` inside the data files, up to 0.18 the file common.pt). Here every
-class in that pickle becomes an inert record, so that nothing of the checkpoint is ever executed.
+Megatron pickles them (`common_state` inside the data files, up to 0.18 the file common.pt);
+`safe_pickle.load_common` reads them, so that nothing of the checkpoint is ever executed.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_fp8_ext.checkpoint import layout
-from megatron_fp8_ext.checkpoint.safe_pickle import Record
+from megatron_fp8_ext.checkpoint.safe_pickle import COMMON_LIMIT, Record, load_common
 from megatron_fp8_ext.errors import UserError
-
-_LIMIT = 256 << 20  # bytes; a real one has tens of kilobytes
 
 
 @dataclass(frozen=True)
@@ -38,30 +34,26 @@ class TrainingState:
     scheduler: Mapping[str, Any]
 
 
-class _Inert(Record):
-    """Stand-in that also swallows what a pickle puts into containers."""
+def read_common(folder: Path, strict: bool) -> dict[str, Any] | None:
+    """Return the common state as plain data and inert records; None where the checkpoint has none.
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
+    Args:
+        folder: of the iteration.
+        strict: refuse classes that do not belong there (`safe_pickle.load_common`).
 
-    def append(self, value: Any) -> None:
-        pass
-
-    def extend(self, values: Any) -> None:
-        pass
-
-    def add(self, value: Any) -> None:
-        pass
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
-            return dict
-        return type(str(name), (_Inert,), {})
-
-    def persistent_load(self, pid: Any) -> Any:
-        return None  # a tensor
+    Raises:
+        UserError: damaged, or refused.
+    """
+    try:
+        with _open(folder) as file:
+            return load_common(file, strict)
+    except UserError:
+        raise
+    except _Absent:
+        return None
+    except Exception as error:  # a damaged file fails in any way
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"the state of {folder} cannot be read: {text}") from error
 
 
 def read(folder: Path, iteration: int) -> TrainingState:
@@ -70,18 +62,20 @@ def read(folder: Path, iteration: int) -> TrainingState:
     Raises:
         UserError: it has none, or it cannot be read.
     """
-    try:
-        with _open(folder) as file:
-            state = _load(file)
-        args = vars(state["args"]) if "args" in state else {}
-        scheduler = state.get("opt_param_scheduler") or {}
-        if not isinstance(scheduler, dict):
-            raise ValueError("opt_param_scheduler is not a dict")
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file fails in any way
-        raise UserError(f"the state of {folder} cannot be read: {error!r}") from error
+    state = read_common(folder, strict=False)
+    if state is None:
+        raise UserError(
+            f"{folder} holds no training arguments (neither common.pt nor common_state)"
+        )
+    args, scheduler = state.get("args", {}), state.get("opt_param_scheduler") or {}
+    args = vars(args) if isinstance(args, Record) else args
+    if not isinstance(args, dict) or not isinstance(scheduler, dict):
+        raise UserError(f"the state of {folder} cannot be read: its arguments are not by name")
     return TrainingState(folder, iteration, {k: v for k, v in args.items() if _plain(v)}, scheduler)
+
+
+class _Absent(Exception):
+    """The checkpoint has no common state."""
 
 
 def _open(folder: Path) -> BinaryIO:
@@ -90,26 +84,12 @@ def _open(folder: Path) -> BinaryIO:
         return legacy.open("rb")
     for name, piece in layout.load_index(folder).stored:
         if name.startswith("common_state/"):
-            if piece.length > _LIMIT:
+            if piece.length > COMMON_LIMIT:
                 raise ValueError(f"common_state of {piece.length} bytes")
             with (folder / piece.file).open("rb") as file:
                 file.seek(piece.offset)
                 return io.BytesIO(file.read(piece.length))
-    raise UserError(f"{folder} holds no training arguments (neither common.pt nor common_state)")
-
-
-def _load(file: BinaryIO) -> dict[str, Any]:
-    """Read what torch.save wrote, tensors left out."""
-    with zipfile.ZipFile(file) as archive:
-        (name,) = (x for x in archive.namelist() if x.endswith("/data.pkl"))
-        if archive.getinfo(name).file_size > _LIMIT:
-            raise ValueError(f"a pickle of {archive.getinfo(name).file_size} bytes")
-        found = _Unpickler(io.BytesIO(archive.read(name))).load()
-    if isinstance(found, list) and len(found) == 1:
-        found = found[0]  # a ShardedObject's data
-    if not isinstance(found, dict):
-        raise ValueError(f"a {type(found).__name__} instead of a dict")
-    return found
+    raise _Absent
 
 
 def _plain(value: Any) -> bool:

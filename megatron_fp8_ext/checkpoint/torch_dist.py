@@ -13,20 +13,16 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_fp8_ext.checkpoint import layout
-from megatron_fp8_ext.checkpoint.safe_pickle import IndexUnpickler, Record, load_common
+from megatron_fp8_ext.checkpoint import layout, state
+from megatron_fp8_ext.checkpoint.safe_pickle import IndexUnpickler, Record
 from megatron_fp8_ext.errors import UserError
-
-_COMMON_STATE = "common_state/shard_0_1"
 
 
 @dataclass(frozen=True)
@@ -66,12 +62,11 @@ class TorchDist:
     Attributes:
         path: folder of the iteration.
         tensors: what the index names.
-        objects: names of the entries that are no tensors.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensors, self.objects = _read_index(path)
+        self.tensors = _read_index(path)
 
     def read(self, name: str, layer: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Return one tensor, or one layer of a stacked one (without the first axis).
@@ -82,7 +77,22 @@ class TorchDist:
             UserError: a file is missing, truncated or holds something else; a part is not covered.
         """
         stored = self.tensors[name]
-        at = _box(stored.shape, layer)
+        out = self._read_box(stored, _box(stored.shape, layer), dtype)
+        return out[0] if layer is not None else out
+
+    def read_range(
+        self, name: str, start: int, stop: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Return a range of a flat tensor, rounded to `dtype`.
+
+        Raises:
+            UserError: as `read`.
+        """
+        return self._read_box(self.tensors[name], [(start, stop)], dtype)
+
+    def _read_box(
+        self, stored: StoredTensor, at: list[tuple[int, int]], dtype: torch.dtype | None
+    ) -> Tensor:
         out = torch.empty(
             [hi - lo for lo, hi in at], dtype=dtype or getattr(torch, stored.dtype), device="cpu"
         )
@@ -94,10 +104,10 @@ class TorchDist:
                 covered += self._copy_flat(stored, piece, at, out)
         if covered != out.numel():
             raise UserError(
-                f"{self.path}: {name} is stored in pieces that hold {covered} of the {out.numel()} "
+                f"{self.path}: {stored.name} is stored in pieces that hold {covered} of the {out.numel()} "
                 "values read: the checkpoint is incomplete; save it again"
             )
-        return out[0] if layer is not None else out
+        return out
 
     def _copy_box(
         self, stored: StoredTensor, piece: Piece, at: list[tuple[int, int]], out: Tensor
@@ -165,25 +175,7 @@ class TorchDist:
         Raises:
             UserError: damaged, or it names something that common state does not consist of.
         """
-        common = self.path / "common.pt"
-        try:
-            if common.is_file():
-                with common.open("rb") as file:
-                    state = load_common(file)
-            elif _COMMON_STATE in self.objects:
-                piece = self.objects[_COMMON_STATE]
-                common = self.path / piece.file
-                with common.open("rb") as file:
-                    state = load_common(cast(IO[bytes], _Slice(file, piece.start, piece.length)))
-            else:
-                return {}
-        except (OSError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            raise UserError(f"{common}: cannot be read: {_one_line(error)}") from error
-        except Exception as error:  # a damaged pickle fails in any way
-            raise UserError(f"{common}: damaged: {_one_line(error)}") from error
-        if isinstance(state, list) and len(state) == 1:
-            state = state[0]
-        arguments = state.get("args") if isinstance(state, dict) else None
+        arguments = (state.read_common(self.path, strict=True) or {}).get("args")
         return dict(vars(arguments)) if isinstance(arguments, Record) else {}
 
 
@@ -227,7 +219,7 @@ def _box(shape: tuple[int, ...], layer: int | None) -> list[tuple[int, int]]:
     return box
 
 
-def _read_index(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Piece]]:
+def _read_index(path: Path) -> dict[str, StoredTensor]:
     index = path / ".metadata"
     if not index.is_file():
         raise UserError(f"{path} is no torch_dist checkpoint: it has no .metadata")
@@ -241,7 +233,7 @@ def _read_index(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Piece]]:
         raise UserError(f"checkpoint index {index} cannot be read: {_one_line(error)}") from error
 
 
-def _understand(metadata: Any, path: Path) -> tuple[dict[str, StoredTensor], dict[str, Piece]]:
+def _understand(metadata: Any, path: Path) -> dict[str, StoredTensor]:
     places: dict[tuple[str, tuple[int, ...] | None], Any] = {}
     for key, info in metadata.storage_data.items():
         if getattr(info, "transform_descriptors", None):
@@ -250,11 +242,9 @@ def _understand(metadata: Any, path: Path) -> tuple[dict[str, StoredTensor], dic
         places[key.fqn, None if offset is None else _ints(offset)] = info
     original = getattr(metadata, "mcore_data", None) or {}
     tensors: dict[str, StoredTensor] = {}
-    objects: dict[str, Piece] = {}
     for name, entry in metadata.state_dict_metadata.items():
         if not hasattr(entry, "size"):
-            objects[name] = _piece(places[name, None], (), ())
-            continue
+            continue  # no tensor
         pieces = []
         for chunk in entry.chunks:
             offsets, sizes = _ints(chunk.offsets), _ints(chunk.sizes)
@@ -266,7 +256,7 @@ def _understand(metadata: Any, path: Path) -> tuple[dict[str, StoredTensor], dic
         if flattened is not None:
             shape, fragments = _ints(flattened), shape[:-1]
         tensors[name] = StoredTensor(name, shape, _dtype(entry), tuple(pieces), fragments)
-    return tensors, objects
+    return tensors
 
 
 def _dtype(entry: Any) -> str:

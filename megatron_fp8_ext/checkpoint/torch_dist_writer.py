@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp8_ext.checkpoint.output import sync
+from megatron_fp8_ext.files import sync
 
 # One file for so many bytes, so that several ranks read in parallel.
 _FILE_BYTES = 4 << 30

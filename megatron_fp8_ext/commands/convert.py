@@ -217,13 +217,18 @@ def _bar(what: str) -> Iterator[Progress]:
     columns = (
         TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    bar = Progress(*columns, console=Console(stderr=True))
 
-        def start(total: int) -> Any:
-            task = bar.add_task("", total=total)
-            return lambda nbytes: bar.advance(task, nbytes)
+    def start(total: int) -> Any:
+        bar.start()  # not before: an error on the way there is a line of its own
+        task = bar.add_task("", total=total)
+        return lambda nbytes: bar.advance(task, nbytes)
 
+    try:
         yield start
+    finally:
+        if bar.tasks:
+            bar.stop()
 
 
 def _print(report: Report) -> None:

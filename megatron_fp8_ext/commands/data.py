@@ -24,7 +24,9 @@ _TOO_LONG, _INVALID = ("drop", "truncate", "fail"), ("fail", "drop")
 
 @app.command()
 def tokenize(
-    inputs: Annotated[list[Path], typer.Argument(help="JSONL files, one document a line")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="JSONL or parquet files, one document a line or row")
+    ],
     tokenizer: Annotated[str, typer.Option(help="folder with tokenizer.json, or a .gguf file")],
     output: Annotated[Path, typer.Option(help="prefix of the .bin and .idx files")],
     key: Annotated[str, typer.Option(help="field that holds the text")] = "text",

@@ -46,10 +46,25 @@ def schedule(
 @app.command()
 def sft(
     output: Annotated[Path, typer.Option(help="folder for data and logs")] = Path("runs/demo-sft"),
-    samples: Annotated[int, typer.Option(help="generated reasoning samples")] = 320,
-    epochs: Annotated[int, typer.Option(help="epochs of each of the two runs")] = 2,
+    samples: Annotated[
+        int | None, typer.Option(help="generated reasoning samples (default: 320; more on a GPU)")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="epochs of each run (default: 2; 1 with --pretrained)")
+    ] = None,
+    pretrained: Annotated[
+        bool,
+        typer.Option(
+            "--pretrained", help="two stages from SmolLM2-135M-Instruct's released weights"
+        ),
+    ] = False,
 ) -> None:
     """Packed SFT on a generated, verifiable reasoning set, in BF16 and in infir2."""
+    if pretrained:
+        from megatron_fp8_ext.demo import two_stages
+
+        two_stages.main(output, samples, epochs)
+        return
     from megatron_fp8_ext.demo import sft as run
 
-    run.main(output, samples, epochs)
+    run.main(output, samples or 320, epochs or 2)

@@ -93,11 +93,15 @@ def run(
         raise UserError("no benchmark given: aime24,aime25,gpqa,livecodebench")
     spec = _server(
         model, server, url, name, tensor_parallel, server_args, server_command, server_python,
-        server_timeout, port,
+        server_timeout, port, dry_run,
     )  # fmt: skip
     folder = output or Path("runs/eval") / (model.absolute().name if model else "served")
     if dry_run:
         _dry_run(settings, spec, folder)
+        if model is None and url is None:
+            print(
+                "# problem: --model is missing: add the folder to serve (or --url of a running server)"
+            )
         return
     request = session.Request(
         benchmarks=settings,
@@ -145,6 +149,7 @@ def _server(
     python: str,
     timeout: float,
     port: int,
+    dry_run: bool,
 ) -> Any:
     from megatron_fp8_ext.errors import unknown_name
     from megatron_fp8_ext.evaluation import server as serving
@@ -162,9 +167,11 @@ def _server(
         raise UserError(
             "--server openai needs a URL, such as --server openai http://127.0.0.1:8000/v1"
         )
-    if model is None:
+    if model is None and dry_run:
+        model = Path("/path/to/model")
+    elif model is None:
         raise UserError("--model is missing: the folder to serve (or --url of a running server)")
-    if not model.is_dir():
+    elif not model.is_dir():
         raise UserError(f"--model {model}: no such folder; nothing is downloaded from a model hub")
     if port:
         serving.check_port(port)

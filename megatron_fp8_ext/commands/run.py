@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
+import shutil
 import sys
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from megatron_fp8_ext import presets
 from megatron_fp8_ext.errors import UserError, unknown_name
@@ -121,35 +123,57 @@ def _execute(asked: request.Request, notes: tuple[str, ...], dry_run: bool) -> N
     print(f"# {planned.nodes} x {planned.gpus} GPUs, output {planned.output}")
     for line in (*notes, *planned.notes):
         print(f"# note: {line}")
+    print(render.shell(launched, planned.facts.secrets), flush=True)
     if dry_run:
-        for line in found:
+        for line in found:  # last, where they are seen
             print(f"# problem: {line}")
-    print(render.shell(launched), flush=True)
-    if dry_run:
         return
     if found:
         for line in found:
             print(f"megatron-fp8: problem: {line}", file=sys.stderr)
         count = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
         raise UserError(f"{asked.preset.name} cannot start: mend the {count} named above")
+    print(f"# in sight: megatron-fp8 watch {shlex.quote(planned.output)}", flush=True)
     raise typer.Exit(start.start(planned, launched))
 
 
 def show_preset(name: str) -> None:
-    """Print every setting of a preset with its origin."""
-    preset, out = presets.get(name), Console()
-    out.print(f"{preset.name}: {preset.summary}", soft_wrap=True)
-    out.print(f"source: {preset.source}; {preset.script or 'derived'}", soft_wrap=True)
-    table = Table("", "setting", "value", "origin", "note", box=None)
-    for section, rows in preset.sections.items():
-        for key, setting in rows.items():
-            table.add_row(section, key, setting.value, setting.origin, setting.note)
+    """Print every setting of a preset with its origin, a line each, whole on any terminal."""
+    preset = presets.get(name)
+    print(f"{preset.name}: {preset.summary}")
+    print(f"source: {preset.source}; {preset.script or 'derived'}")
+    titles = {
+        "run": "run", "settings": "flags", "slime": "flags for slime", "megatron": "flags for Megatron",
+        "environment": "environment",
+    }  # fmt: skip
+    for section, title in titles.items():
+        _section(title, preset.sections[section])
     planned = plan.build(request.Request(preset=preset), plan.Facts())
-    for key, setting in planned.settings.items():
-        if setting.note == "config.json":
-            table.add_row("architecture", key, setting.value, setting.origin, setting.note)
-    out.print(table)
-    left_out = Table("left out", "why", box=None)
+    derived = {key: s for key, s in planned.settings.items() if s.note == "config.json"}
+    _section(
+        "flags from config.json", {k: dataclasses.replace(s, note="") for k, s in derived.items()}
+    )
+    print("\nleft out, and why")
     for key, why in preset.dropped.items():
-        left_out.add_row(key, why)
-    out.print(left_out)
+        print(f"  {key}")
+        print(_indented(why))
+
+
+def _section(title: str, rows: Mapping[str, presets.Setting]) -> None:
+    if not rows:
+        return
+    print(f"\n{title}")
+    for key, setting in rows.items():
+        only = f" (with --{setting.when})" if setting.when is not None else ""
+        print(f"  {key} = {setting.value}  [{setting.origin}]{only}")
+        if setting.note:
+            print(_indented(setting.note))
+
+
+def _indented(text: str) -> str:
+    indent = " " * 6
+    width = max(shutil.get_terminal_size().columns, 40)
+    return textwrap.fill(
+        text, width, initial_indent=indent, subsequent_indent=indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip

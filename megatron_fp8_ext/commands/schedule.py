@@ -13,8 +13,8 @@ from rich.table import Table
 
 from megatron_fp8_ext import schedule_plan
 from megatron_fp8_ext.errors import UserError, unknown_name
-from megatron_fp8_ext.megatron_plugin import branch as branches
 from megatron_fp8_ext.megatron_plugin import branch_folder, schedule_flags
+from megatron_fp8_ext.megatron_plugin.branch import Branch, enough_data
 from megatron_fp8_ext.schedule import STYLES, WSD, Batch, DecayStyle
 from megatron_fp8_ext.schedule_plan import Curve, Scale
 
@@ -41,9 +41,9 @@ def plan(
 ) -> None:
     """Print phases and learning rates of the training FLAGS, and draw the curve.
 
-    FLAGS are those of the training command: `--lr-schedule wsd --wsd-warmup-iters ...`, or
-    `--wsd-decay-from CHECKPOINT --wsd-decay-iters N`. All others are ignored, so that a whole command can
-    be pasted.
+    FLAGS are the training command's: --lr-schedule wsd --wsd-warmup-iters ...,
+    or --wsd-decay-from CHECKPOINT --wsd-decay-iters N. What does not concern
+    the schedule is ignored, so that a whole command can be pasted.
     """
     argv = [token for token in context.args if token != "--"]
     curves, scale, notes = _curves(argv, branch or [])
@@ -58,27 +58,31 @@ def plan(
 
 def _curves(argv: Sequence[str], specs: Sequence[str]) -> tuple[list[Curve], Scale, list[str]]:
     located = branch_folder.locate(argv, needs_save=False)
-    if located is not None:
+    scheduled = schedule_flags.expand(argv, None if located is None else located.point)
+    if scheduled.branch is not None:
         if specs:
             raise UserError(
                 "--branch contradicts --wsd-decay-from: both say where to branch; drop one"
             )
-        return _from_checkpoint(argv, located.point)
-    kind = schedule_flags.schedule_class(argv)
-    phases = schedule_flags.phases_of(argv, kind)
+        return _from_checkpoint(scheduled.branch)
+    phases, style = scheduled.phases, scheduled.style
+    if phases is None:
+        phases, style = schedule_flags.native_phases(argv)
     batch = schedule_flags.batch_of(argv)
     factor = batch.samples or 1 if phases.base == "iters" else 1
     lr, min_lr = (schedule_flags.number(argv, flag) for flag in ("--lr", "--min-lr"))
     if lr is None:
         raise UserError("--lr is missing: the plan needs the stable learning rate")
+    if lr <= 0 or (min_lr or 0) < 0:
+        raise UserError("--lr is a positive number, and --min-lr not a negative one: change it")
     init = schedule_flags.number(argv, "--lr-warmup-init")
-    stable = kind(
+    stable = WSD(
         lr=float(lr),
         min_lr=float(min_lr or 0),
         warmup_samples=phases.warmup * factor,
         total_samples=phases.total * factor,
         decay_samples=phases.decay * factor,
-        decay_style=schedule_flags.decay_style(argv) or kind.decay_style,
+        decay_style=style,
         init_lr=float(init or 0),
     )
     if stable.min_lr > stable.lr:
@@ -116,16 +120,13 @@ def _branch(spec: str, stable: WSD, scale: Scale) -> Curve:
     size = 1 if scale.base == "iters" else scale.batch.samples
     if size is None:
         raise UserError(f"--branch {spec} counts in iterations: add --global-batch-size")
-    at, length = start * size, int(amount) * size
-    made = schedule_plan.branch(stable, at, length, style)
-    return Curve(f"branch {spec}", made, at, at + length)
+    made = schedule_plan.branch(stable, start, int(amount), style, size)
+    return Curve(f"branch {spec}", made, start * size, made.total_samples)
 
 
-def _from_checkpoint(
-    argv: Sequence[str], point: branches.BranchPoint
-) -> tuple[list[Curve], Scale, list[str]]:
-    made = schedule_flags.plan_branch(argv, point)
-    branches.enough_data(made, point.available_samples)
+def _from_checkpoint(made: Branch) -> tuple[list[Curve], Scale, list[str]]:
+    point = made.point
+    enough_data(made, point.available_samples)
     wsd, here = made.schedule, point.scheduler_samples
     stable = WSD(
         lr=point.lr,

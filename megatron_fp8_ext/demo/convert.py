@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from megatron_fp8_ext.checkpoint import (
     megatron,
 )
 from megatron_fp8_ext.demo import run, text
+from megatron_fp8_ext.demo.follow import quiet
 from megatron_fp8_ext.errors import UserError
 
 QUESTION = "What is the capital of France, and what is it known for?"
@@ -53,10 +51,8 @@ def main(output: Path, iterations: int) -> None:
 
     def step(what: str, action: Callable[[], Any]) -> Any:
         start = time.monotonic()
-        with console.status(what), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Megatron warns of what it does not find on a CPU
-            with contextlib.redirect_stderr(io.StringIO()):  # bars of transformers' own
-                result = action()
+        with quiet(console, what):
+            result = action()
         console.print(f"{what} ({time.monotonic() - start:.0f} s)", soft_wrap=True)
         for note in getattr(result, "notes", ()):
             console.print(f"  {note}", soft_wrap=True, style="dim")

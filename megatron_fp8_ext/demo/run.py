@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 from rich.console import Console
 
 from megatron_fp8_ext.demo import text
+from megatron_fp8_ext.demo.follow import quiet
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.proof import page, plan, report, run
 
@@ -82,10 +80,8 @@ def corpus(prefix: Path, console: Console) -> Path:
     from megatron_fp8_ext.megatron_plugin.corpus import write_indexed
 
     tokenizer = text.tokenizer_file()
-    with console.status("tokenizing CPython's documentation and library with SmolLM2's tokenizer"):
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")  # Megatron warns of what it does not find on a CPU
-            written = write_indexed(text.documents(), str(tokenizer), prefix)
+    with quiet(console, "tokenizing CPython's documentation and library with SmolLM2's tokenizer"):
+        written = write_indexed(text.documents(), str(tokenizer), prefix)
     console.print(
         f"corpus: {prefix}, {written.documents} documents, {written.tokens:,} tokens",
         soft_wrap=True,

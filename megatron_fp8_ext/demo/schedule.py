@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fp8_ext import training_log
+from megatron_fp8_ext import picture, training_log
 from megatron_fp8_ext.demo import run
 from megatron_fp8_ext.demo.follow import follow
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.schedule_plan import COLOURS
 from megatron_fp8_ext.training_log import Iteration
 
 PARTS = (20, 10, 5)  # per cent of the run that decay
+WINDOW = 8  # iterations that a drawn loss is the mean of
 VALIDATION = "--eval-iters 40 --eval-interval 1000000".split()
 
 
@@ -46,12 +45,7 @@ def main(output: Path, iterations: int) -> None:
     """
     if iterations < 100 or iterations % 20:
         raise UserError(f"--iterations {iterations}: give a multiple of 20, from 100 on")
-    try:
-        import matplotlib  # noqa: F401 - before training: a missing package should cost nothing
-    except ImportError as error:
-        raise UserError(
-            f'the picture needs matplotlib: pip install "megatron-fp8-ext[report]" ({error})'
-        ) from error
+    picture.require("demo schedule")  # before training: a missing package should cost nothing
     console = Console()
     data = run.corpus(output / "corpus" / "text", console)
     starts = [iterations - iterations * part // 100 for part in PARTS]
@@ -60,9 +54,9 @@ def main(output: Path, iterations: int) -> None:
     for part, start in zip(PARTS, starts, strict=True):
         lines.append(_branch(output, data, start, part, iterations, console))
     _table(lines, starts, iterations, console)
-    picture = output / "schedule.svg"
-    draw(picture, lines)
-    console.print(f"picture: {picture}", soft_wrap=True)
+    drawn = output / "schedule.svg"
+    draw(drawn, lines)
+    console.print(f"picture: {drawn}", soft_wrap=True)
 
 
 def _command(data: Path, save: Path, *flags: str) -> list[str]:
@@ -88,11 +82,13 @@ def _stable(
     begin = 0
     for end in (*starts, iterations):
         flags = (
-            f"--lr-schedule wsd --wsd-warmup-fraction 0.1 --train-iters {iterations} --load {save} "
-            f"--exit-interval {end}"
+            f"--lr-schedule wsd --wsd-warmup-fraction 0.1 --train-iters {iterations} --load {save}"
         ).split()
+        if end != iterations:  # Megatron would leave before its last validation
+            flags += ["--exit-interval", str(end)]
         log = output / f"stable-{end}.log"
-        found += follow("stable", _command(data, save, *flags), log, (begin, end), console)
+        part = follow("stable", _command(data, save, *flags), log, (begin, end), console)
+        found += training_log.own_losses(part)
         begin = end
     return Line("stable, no decay", found, _validation(log, iterations))
 
@@ -105,7 +101,8 @@ def _branch(
     checkpoint = output / "stable" / f"iter_{start:07d}"
     flags = f"--wsd-decay-from {checkpoint} --wsd-decay-fraction {part / 100}".split()
     found = follow(f"{part} %", _command(data, save, *flags), log, (start, iterations), console)
-    return Line(f"decay over {part} %", found, _validation(log, iterations))
+    losses = training_log.own_losses(found)
+    return Line(f"decay over {part} %", losses, _validation(log, iterations))
 
 
 def _validation(log: Path, iteration: int) -> float:
@@ -116,9 +113,7 @@ def _validation(log: Path, iteration: int) -> float:
 
 
 def _table(lines: Sequence[Line], starts: Sequence[int], iterations: int, console: Console) -> None:
-    table = Table(
-        "run", "decay", "last learning rate", "training loss", "validation loss", box=None
-    )
+    table = Table("run", "decay", "final rate", "training loss", "validation loss", box=None)
     for line, start in zip(lines, (iterations, *starts), strict=True):
         table.add_row(
             line.name,
@@ -132,43 +127,50 @@ def _table(lines: Sequence[Line], starts: Sequence[int], iterations: int, consol
 
 
 def draw(path: Path, lines: Sequence[Line]) -> None:
-    """Draw learning rates and training losses, by a temporary name and a rename."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.2), layout="tight")
-    rate, loss = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.6))
+    """Draw learning rates, training losses, and what each branch gains on the stable run's samples."""
+    figure, (rate, loss, gain) = picture.panels(8, 7, (1, 1, 1.2))
+    stable, *branches = lines
+    last = stable.iterations[-1].number
+    base = {i.number: i for i in stable.iterations}
     for index, line in enumerate(lines):
-        style = {"color": COLOURS[index], "linewidth": 2.0 if index == 0 else 1.4}
-        x = [i.number for i in line.iterations]
-        rate.plot(x, [i.learning_rate for i in line.iterations], label=line.name, **style)
-        smooth = _smooth([i.loss for i in (*_before(lines[0], x[0]), *line.iterations)])
-        loss.plot(x, smooth[-len(x) :], **style)
-    last = lines[0].iterations[-1].number
+        style = {"color": picture.COLOURS[index], "linewidth": 2.0 if index == 0 else 1.4}
+        # From the point where it leaves the stable run, so that the curves meet.
+        point = [i for i in (base.get(line.iterations[0].number - 1),) if i is not None]
+        iterations = [*point, *line.iterations]
+        x = [i.number for i in iterations]
+        rate.plot(x, [i.learning_rate for i in iterations], label=line.name, **style)
+        smooth = _smooth([*_losses(stable, until=x[0]), *_losses(line, since=x[0])])
+        loss.plot(x, [smooth[n] for n in x], **style)
+        if line in branches:
+            paired = {n: value - base[n].loss for n, value in _losses(line)}  # type: ignore[operator]
+            gains = [0.0] * bool(point) + list(_smooth(paired.items()).values())
+            gain.plot(x, gains, **style)
+    after = [value for n, value in _smooth(_losses(stable)).items() if n > last // 10]
+    loss.set_ylim(min(after) - 0.2, max(after))
     loss.set_xlim(0, last)
-    half = [i.loss for line in lines for i in line.iterations if i.loss and i.number > last // 4]
-    loss.set_ylim(min(half) - 0.1, max(half) + 0.1)
-    loss.set_ylabel("LM loss, mean of 8")
-    loss.set_xlabel("iteration")
-    rate.set_ylabel("learning rate")
-    rate.legend(frameon=False, loc="lower center")
-    for axes in (rate, loss):
-        axes.spines[["top", "right"]].set_visible(False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "schedule"}):
-        with partial.open("wb") as file:
-            figure.savefig(file, format="svg", metadata={"Date": None})
-            file.flush()
-            os.fsync(file.fileno())
-    partial.replace(path)
+    loss.set_ylabel("LM loss")
+    gain.axhline(0, color=picture.COLOURS[0], linewidth=2.0)
+    gain.set_xlim(branches[0].iterations[0].number - last // 20, last)
+    gain.set_ylabel("LM loss less the stable run's")
+    gain.set_xlabel(f"iteration (losses: mean of {WINDOW})")
+    picture.learning_rates(figure, rate)
+    rate.set_xlim(0, last)
+    picture.write_svg(path, figure)
 
 
-def _before(stable: Line, iteration: int) -> list[Iteration]:
-    return [i for i in stable.iterations if i.number < iteration]
+def _losses(line: Line, since: int = 0, until: int | None = None) -> list[tuple[int, float]]:
+    """(iteration, loss) of a run after iteration `since`, and up to `until`."""
+    return [
+        (i.number, i.loss)
+        for i in line.iterations
+        if i.loss is not None and i.number > since and (until is None or i.number <= until)
+    ]
 
 
-def _smooth(losses: Sequence[float | None], window: int = 8) -> list[float]:
-    known = [loss for loss in losses if loss is not None]
-    return [statistics.fmean(known[max(i - window + 1, 0) : i + 1]) for i in range(len(known))]
+def _smooth(losses: Iterable[tuple[int, float]]) -> dict[int, float]:
+    """Mean of the last WINDOW losses, by iteration."""
+    numbers, values = zip(*losses, strict=True)
+    return {
+        number: statistics.fmean(values[max(i - WINDOW + 1, 0) : i + 1])
+        for i, number in enumerate(numbers)
+    }

@@ -23,7 +23,7 @@ from typing import Any
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.evaluation import unpickle
 from megatron_fp8_ext.evaluation.benchmarks import Benchmark
-from megatron_fp8_ext.files import writing
+from megatron_fp8_ext.files import open_atomically
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ALIASES = {"problem": ("Problem", "question"), "answer": ("Answer",)}
@@ -100,10 +100,11 @@ def prepare(benchmark: Benchmark, files: Sequence[Path], folder: Path, python: P
     """
     folder.mkdir(parents=True, exist_ok=True)
     digest, count = hashlib.sha256(), 0
-    with writing(folder / f"{benchmark.split}.jsonl") as out:
+    with open_atomically(folder / f"{benchmark.split}.jsonl") as out:
         for where, row in _rows(files, python):
-            line = json.dumps(_checked(benchmark, row, where), ensure_ascii=False) + "\n"
-            digest.update(line.encode())
+            text = json.dumps(_checked(benchmark, row, where), ensure_ascii=False) + "\n"
+            line = text.encode()
+            digest.update(line)
             out.write(line)
             count += 1
         if count == 0:

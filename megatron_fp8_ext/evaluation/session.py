@@ -274,6 +274,18 @@ def _once(
     return f"evalscope stopped with exit code {process.poll()} ({' | '.join(reasons)})"
 
 
+def _sampling_warning(spec: ServerSpec, checkpoint: model.Model | None) -> list[str]:
+    """What a server that we could not tell otherwise may have added to the requests."""
+    told = spec.kind in ("sglang", "vllm") and spec.command is None
+    if told or checkpoint is None or not checkpoint.sampling:
+        return []
+    said = ", ".join(f"{name} {value}" for name, value in checkpoint.sampling.items())
+    return [
+        f"generation_config.json says {said}, which this server may have applied: start it with "
+        "neutral defaults, or take these lines out"
+    ]
+
+
 def _finish(
     request: Request,
     parts: list[_Part],
@@ -295,9 +307,12 @@ def _finish(
             "data": ", ".join(map(str, part.data.source)) if part.data else request.download,
             "published": dict(benchmark.published),
             "differences": list(benchmark.differences),
-            "warnings": results.warnings(
-                scored, settings.max_tokens, benchmark.max_tokens, benchmark.questions
-            ),
+            "warnings": [
+                *results.warnings(
+                    scored, settings.max_tokens, benchmark.max_tokens, benchmark.questions
+                ),
+                *_sampling_warning(spec, checkpoint),
+            ],
         }
     everything = {
         "model": {

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_fp8_ext.fp8 import casts, reference
 from megatron_fp8_ext.fp8.casts import INFIR2_CASTS, Casts
+from megatron_fp8_ext.fp8.collectives import gather_first, reduce_scatter_first
 from megatron_fp8_ext.recipe import Cast, ScaleFormat
 
 # Casts done in this process, by operand and direction ("input rows", ...): the proof that a run
@@ -78,7 +79,7 @@ class EmulatedLinear(torch.autograd.Function):
         operands: Casts = INFIR2_CASTS,
     ) -> Tensor:
         """Return `[..., N]` in the dtype of `x` `[..., K]`; `weight` is `[N, K]`."""
-        total = _gather_sequence(x, group) if sequence_parallel else x
+        total = gather_first(x, group) if sequence_parallel else x
         x_MK = total.reshape(-1, total.shape[-1])
         x_q = _rows(x_MK, operands.input, scale_format)
         w_q = _rows(weight.detach(), operands.weight, scale_format)
@@ -97,7 +98,7 @@ class EmulatedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Return the gradients of input, weight and bias, reduced as Megatron expects."""
         x, w_codes, w_scale_inv = ctx.saved_tensors
-        total = _gather_sequence(x, ctx.group) if ctx.sequence_parallel else x
+        total = gather_first(x, ctx.group) if ctx.sequence_parallel else x
         x_MK = total.reshape(-1, total.shape[-1])
         dy_MN = grad.reshape(-1, grad.shape[-1])
 
@@ -107,7 +108,7 @@ class EmulatedLinear(torch.autograd.Function):
         if ctx.allreduce_dgrad:
             dist.all_reduce(dx, group=ctx.group)
         if ctx.sequence_parallel:
-            dx = _reduce_scatter_sequence(dx, ctx.group)
+            dx = reduce_scatter_first(dx, ctx.group)
 
         dy_t = _columns(dy_MN, ctx.operands.grad_output, ctx.scale_format)
         x_t = _columns(x_MK, ctx.operands.input, ctx.scale_format)
@@ -115,15 +116,3 @@ class EmulatedLinear(torch.autograd.Function):
         quantizations.update(["grad rows", "grad columns", "input columns"])
         db = dy_MN.sum(dim=0) if ctx.has_bias else None
         return dx, dw, db, None, None, None, None, None
-
-
-def _gather_sequence(x: Tensor, group: Any) -> Tensor:
-    out = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-    return out
-
-
-def _reduce_scatter_sequence(x: Tensor, group: Any) -> Tensor:
-    """Sum over the group and keep our slice of dim 0 (gloo has no reduce-scatter of its own)."""
-    dist.all_reduce(x, group=group)
-    return x.chunk(group.size(), dim=0)[dist.get_rank(group)].contiguous()

@@ -101,7 +101,7 @@ def quantize(x_MK: Tensor, block: tuple[int, int], scale_format: ScaleFormat) ->
     x = x.view(grid_m, block_m, grid_k, block_k)
     # CUDA's fmaxf drops NaN, so a NaN does not take its neighbours' scale with it.
     amax = x.abs().amax(dim=(1, 3))
-    if torch.isnan(amax).any():
+    if _may_hold_nan(amax):
         amax = torch.nan_to_num(x.abs(), nan=0.0, posinf=torch.inf).amax(dim=(1, 3))
     scale = scale_from_amax(amax, scale_format, x_MK.dtype)
     codes = _to_e4m3(x * scale[:, None, :, None])
@@ -109,11 +109,16 @@ def quantize(x_MK: Tensor, block: tuple[int, int], scale_format: ScaleFormat) ->
     return Quantized(codes, scale.reciprocal(), block)
 
 
+def _may_hold_nan(x: Tensor) -> bool:
+    """Whether NaN must be provided for; on a GPU always, for looking would wait for it."""
+    return x.is_cuda or bool(torch.isnan(x).any())
+
+
 def _to_e4m3(scaled: Tensor) -> Tensor:
     """Saturating round-to-nearest-even cast; NaN becomes the positive NaN code, as on the GPU."""
     codes = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    nan = torch.isnan(scaled)
-    if nan.any():
+    if _may_hold_nan(scaled):
+        nan = torch.isnan(scaled)
         codes = codes.view(torch.uint8).masked_fill(nan, _E4M3_NAN).view(torch.float8_e4m3fn)
     return codes
 

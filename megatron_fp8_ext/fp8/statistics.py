@@ -39,20 +39,27 @@ def sums(x_MK: Tensor, cast: Cast, scale_format: ScaleFormat) -> Tensor:
         scale_format: how its scales are stored.
     """
     quantized = casts.quantize(x_MK, cast, scale_format)
-    x = x_MK.to(torch.float32)
-    q = quantized.dequantize()
-    nonzero = x != 0
-    limit = quantized.scale_inv * casts.CLIPPED_FROM[cast.dtype]
-    rows, cols = x.shape
     block_m, block_k = quantized.block
-    limit = limit.repeat_interleave(block_m, 0)[:rows].repeat_interleave(block_k, 1)[:, :cols]
+    grid_m, grid_k = quantized.scale_inv.shape
+
+    def blocks(values: Tensor) -> Tensor:
+        """By block, in FP32; zeros around a partial one count nowhere below."""
+        rows, cols = values.shape
+        padding = (0, grid_k * block_k - cols, 0, grid_m * block_m - rows)
+        padded = torch.nn.functional.pad(values.to(torch.float32), padding)
+        return padded.view(grid_m, block_m, grid_k, block_k)
+
+    x, scale_inv = blocks(x_MK), quantized.scale_inv[:, None, :, None]
+    q = blocks(quantized.codes) * scale_inv
+    magnitude, flushed = x.abs(), q == 0
     parts = (
         x.square().sum(dtype=torch.float64),
         (x - q).square().sum(dtype=torch.float64),
-        nonzero.sum(dtype=torch.float64),
-        (nonzero & (q == 0)).sum(dtype=torch.float64),
-        (x.abs() > limit).sum(dtype=torch.float64) / x.numel(),
-        x.abs().amax().to(torch.float64),
+        x.count_nonzero().to(torch.float64),
+        flushed.logical_and(x).sum(dtype=torch.float64),
+        (magnitude > scale_inv * casts.CLIPPED_FROM[cast.dtype]).sum(dtype=torch.float64)
+        / x_MK.numel(),
+        magnitude.amax().to(torch.float64),
     )
     return torch.stack(parts)
 

@@ -28,6 +28,8 @@ from megatron_fp8_ext.recipe import ScaleFormat
 _E4M3_MAX = tl.constexpr(448.0)
 TILE = tl.constexpr(128)
 WARPS = 8
+# Where one direction alone is written: few registers, so that many warps hide the memory's latency.
+ONE_WAY_WARPS = 16
 
 
 class Operand(NamedTuple):
@@ -234,6 +236,14 @@ def constants(
     }
 
 
+def registers(warps: int) -> dict[str, int]:
+    """Compile-time limit for tiles in both directions: at 16 warps two programs on a multiprocessor.
+
+    Compiled for sm_90 by Triton 3.6 that spills 16 bytes of a thread in the cast of both directions.
+    """
+    return {"maxnreg": 64} if warps == 16 else {}
+
+
 def check_matrix(x: Tensor, what: str) -> tuple[int, int]:
     """Return the shape of a contiguous BF16 or FP32 matrix.
 
@@ -253,7 +263,7 @@ def cast_1x128(
     scale_format: ScaleFormat,
     rows: bool = True,
     columns: bool = True,
-    warps: int = WARPS,
+    warps: int | None = None,
 ) -> BlockCast:
     """Cast activations or gradients, in one read of `x`.
 
@@ -262,11 +272,13 @@ def cast_1x128(
         scale_format: `power_of_two` or `float32`.
         rows: whether the row-wise operand is wanted.
         columns: whether the column-wise (transposed) operand is wanted.
-        warps: warps of a program that casts a 128x128 tile.
+        warps: warps of a program that casts a 128x128 tile; None for what was found best.
 
     Raises:
         ValueError: `x` is not such a matrix, or neither direction is wanted.
     """
+    if warps is None:
+        warps = WARPS if rows and columns else ONE_WAY_WARPS
     return _cast(x, scale_format, (rows, columns), False, warps)
 
 
@@ -305,6 +317,7 @@ def _cast(
         x, *operands, m, k, row_stride, col_stride,
         SQUARE=square,
         **constants(out, scale_format, x.dtype, m % BLOCK == 0 and k % BLOCK == 0),
+        **registers(warps),
         num_warps=warps,
     )  # fmt: skip
     return out

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fp8_ext.fp8.collectives import gather_first, reduce_scatter_first
+from megatron_fp8_ext.kernels import main_grad as main_grads
 from megatron_fp8_ext.kernels import support
 
 # Bytes of the slice of logits; a GEMM of this size fills a Hopper GPU.
@@ -84,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sequence_parallel: bool,
         rows: int | None,
     ) -> Tensor:
-        whole = _gather_sequence(hidden, group) if sequence_parallel else hidden
+        whole = gather_first(hidden, group) if sequence_parallel else hidden
         x = whole.reshape(-1, whole.shape[-1])
         labels = target.reshape(-1).contiguous()
         slices = _Slices(x, weight, group, rows)
@@ -102,12 +104,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, lse = ctx.saved_tensors
         group, need_dx, need_dw = ctx.group, ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        whole = _gather_sequence(hidden, group) if ctx.sequence_parallel else hidden
+        whole = gather_first(hidden, group) if ctx.sequence_parallel else hidden
         x = whole.reshape(-1, whole.shape[-1])
         dloss = grad.reshape(-1).to(torch.float32).contiguous()
         slices = _Slices(x, weight, group, ctx.rows)
         dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if need_dx else None
-        main_grad = _main_grad(weight) if need_dw else None
+        main_grad = main_grads.of(weight) if need_dw else None
         dw = torch.empty_like(weight) if need_dw and main_grad is None else None
         for first, part in slices:
             logits = slices.logits(x, part)
@@ -119,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif dw is not None:
                 torch.mm(logits.t(), x, out=dw[first : first + part.shape[0]])
         if main_grad is not None:
-            dw = _dummy_gradient(weight)
+            dw = main_grads.dummy(weight)
         dhidden = None
         if dx is not None:
             dhidden = _reduce(dx.to(hidden.dtype).view(whole.shape), group, ctx.sequence_parallel)
@@ -200,40 +202,11 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
 _GEMM_WRITES_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
-def _main_grad(weight: Tensor) -> Tensor | None:
-    """Megatron's gradient buffer, where its data parallelism keeps one and knows we may add to it."""
-    if not hasattr(weight, "grad_added_to_main_grad") or hasattr(weight, "__fsdp_param__"):
-        return None
-    main_grad: Tensor | None = getattr(weight, "main_grad", None)
-    return main_grad
-
-
-def _dummy_gradient(weight: Tensor) -> Tensor:
-    """Tell Megatron that `main_grad` has the gradient, and return what its hooks want to see.
-
-    A weight shared with the embedding says `zero_out_wgrad`: autograd adds the embedding's gradient to
-    what we return, and Megatron adds that sum to `main_grad`.
-    """
-    weight.grad_added_to_main_grad = True
-    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
-    return make(weight)
-
-
-def _gather_sequence(x: Tensor, group: Any) -> Tensor:
-    out = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-    return out
-
-
 def _reduce(dx: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
     """Sum over the ranks; under sequence parallelism this rank's part of dim 0."""
     if group is None:
         return dx
-    if sequence_parallel and dist.get_backend(group) == "nccl":
-        out = dx.new_empty((dx.shape[0] // group.size(), *dx.shape[1:]))
-        dist.reduce_scatter_tensor(out, dx, group=group)
-        return out
+    if sequence_parallel:
+        return reduce_scatter_first(dx, group)
     dist.all_reduce(dx, group=group)
-    if sequence_parallel:  # gloo has no reduce-scatter of its own
-        return dx.chunk(group.size(), dim=0)[dist.get_rank(group)].contiguous()
     return dx

@@ -19,8 +19,8 @@ from torch import Tensor
 from megatron_fp8_ext.fp8.reference import BLOCK
 from megatron_fp8_ext.kernels import cast
 from megatron_fp8_ext.kernels.cast import (
+    ONE_WAY_WARPS,
     TILE,
-    WARPS,
     BlockCast,
     encode,
     load_tile,
@@ -211,7 +211,7 @@ def rmsnorm_cast(
 
 
 def rmsnorm_columns(
-    x: Tensor, weight: Tensor, rstd: Tensor, scale_format: ScaleFormat, warps: int = WARPS
+    x: Tensor, weight: Tensor, rstd: Tensor, scale_format: ScaleFormat, warps: int = ONE_WAY_WARPS
 ) -> BlockCast:
     """Return the column-wise operand of the normalized rows, from `x` and their rstd."""
     m, h, _ = _width(x, weight)

@@ -3,9 +3,15 @@
 x = [gate, up] is the output of fc1, `[M, 2F]`; y = silu(gate) * up, `[M, F]`, is the input of fc2.
 Both are computed in FP32 and rounded to BF16 once, and that BF16 value is what is cast.
 Per element of y the forward moves 4 + 2 bytes (unfused: 4 + 2, and 2 + 2 for the cast), the backward 6 + 4.
+
+The backward can also write the column-wise operand of y, which fc2's wgrad needs: it reads x anyway, so
+the forward then writes one byte less and nothing of y is kept (`y_columns`). And x itself can be kept as
+its 1x128 cast, half of its bytes (the stash): the forward casts x with `stash`, the backward takes that.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,8 +20,18 @@ from torch import Tensor
 
 from megatron_fp8_ext.fp8.reference import BLOCK
 from megatron_fp8_ext.kernels import cast
-from megatron_fp8_ext.kernels.cast import TILE, WARPS, BlockCast, load_tile, store_tile
+from megatron_fp8_ext.kernels.cast import (
+    ONE_WAY_WARPS,
+    TILE,
+    WARPS,
+    BlockCast,
+    load_tile,
+    store_tile,
+)
 from megatron_fp8_ext.recipe import ScaleFormat
+
+# With a program for each result; one program for all of them takes every register at 8 warps.
+BACKWARD_WARPS = 16
 
 
 @triton.jit
@@ -33,15 +49,44 @@ def _keep(pointer, x, tile_m, tile_k, M, K):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _product(gate, up):  # type: ignore[no-untyped-def]
+    """silu(gate) * up, rounded to BF16: the same in the forward and, computed again, in the backward."""
+    return _round(gate / (1.0 + tl.exp(-gate)) * up)
+
+
+@triton.jit
+def _unstash(codes, scales, tile_m, tile_k, M, K, stride, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """FP32 tile of a matrix `[M, K]` that was kept as its row-wise 1x128 cast; K is a multiple of 128."""
+    m = tile_m * TILE + tl.arange(0, TILE)
+    k = tile_k * TILE + tl.arange(0, TILE)
+    at = m.to(tl.int64)[:, None] * K + k[None, :]
+    if WHOLE:
+        bits = tl.load(codes + at)
+        inverse = tl.load(scales + tile_k * stride + m)
+    else:
+        bits = tl.load(codes + at, mask=(m < M)[:, None], other=0)
+        inverse = tl.load(scales + tile_k * stride + m, mask=m < M, other=0.0)
+    return bits.to(tl.float8e4nv, bitcast=True).to(tl.float32) * inverse[:, None]
+
+
+@triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    x, row_codes, row_scales, col_codes, col_scales, kept, M, F, row_stride, col_stride,
-    LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, KEEP: tl.constexpr,
+    x, row_codes, row_scales, col_codes, col_scales, stash_codes, stash_scales, kept,
+    M, F, row_stride, col_stride, stash_stride,
+    LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr, KEEP: tl.constexpr, STASH: tl.constexpr,
 ):  # fmt: skip
     tile_k, tile_m = tl.program_id(0), tl.program_id(1)
     gate = load_tile(x, tile_m, tile_k, M, F, 2 * F, WHOLE)
     up = load_tile(x + F, tile_m, tile_k, M, F, 2 * F, WHOLE)
-    y = _round(gate / (1.0 + tl.exp(-gate)) * up)
+    if STASH:
+        for half in tl.static_range(2):
+            store_tile(
+                gate if half == 0 else up, tile_m, tile_k + half * (F // TILE), M, 2 * F,
+                stash_codes, stash_scales, stash_stride, stash_codes, stash_scales, stash_stride,
+                LARGEST, POWER_OF_TWO, False, True, False, WHOLE,
+            )  # fmt: skip
+    y = _product(gate, up)
     if KEEP:
         _keep(kept, y, tile_m, tile_k, M, F)
     store_tile(
@@ -61,15 +106,27 @@ def _gradients(dy, gate, up):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    dy, x, row_codes, row_scales, col_codes, col_scales, kept, M, F, row_stride, col_stride,
-    LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, KEEP: tl.constexpr,
+    dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, y_codes, y_scales, kept,
+    M, F, row_stride, col_stride, y_stride, stash_stride,
+    LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr, KEEP: tl.constexpr, STASH: tl.constexpr, Y_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """F is a multiple of 128: a tile of dy gives one tile of each half."""
     tile_k, tile_m = tl.program_id(0), tl.program_id(1)
+    if STASH:
+        gate = _unstash(x, stash_scales, tile_m, tile_k, M, 2 * F, stash_stride, WHOLE)
+        tile = tile_k + F // TILE
+        up = _unstash(x, stash_scales, tile_m, tile, M, 2 * F, stash_stride, WHOLE)
+    else:
+        gate = load_tile(x, tile_m, tile_k, M, F, 2 * F, WHOLE)
+        up = load_tile(x + F, tile_m, tile_k, M, F, 2 * F, WHOLE)
     grad = load_tile(dy, tile_m, tile_k, M, F, F, WHOLE)
-    gate = load_tile(x, tile_m, tile_k, M, F, 2 * F, WHOLE)
-    up = load_tile(x + F, tile_m, tile_k, M, F, 2 * F, WHOLE)
+    if Y_COLUMNS:
+        store_tile(
+            _product(gate, up), tile_m, tile_k, M, F,
+            y_codes, y_scales, y_stride, y_codes, y_scales, y_stride,
+            LARGEST, POWER_OF_TWO, False, False, True, WHOLE,
+        )  # fmt: skip
     dgate, dup = _gradients(grad, gate, up)
     for half in tl.static_range(2):
         part = dgate if half == 0 else dup
@@ -80,6 +137,82 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
             part, tile_m, tile, M, 2 * F,
             row_codes, row_scales, row_stride, col_codes, col_scales, col_stride,
             LARGEST, POWER_OF_TWO, False, ROWS, COLUMNS, WHOLE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _load_half(  # type: ignore[no-untyped-def]
+    x, scales, half, tile_m, tile_k, M, F, stride, STASH: tl.constexpr, WHOLE: tl.constexpr
+):
+    """FP32 tile of gate (half 0) or up (half 1)."""
+    if STASH:
+        tile = tile_k + half * (F // TILE)
+        return _unstash(x, scales, tile_m, tile, M, 2 * F, stride, WHOLE)
+    else:
+        return load_tile(x + half * F, tile_m, tile_k, M, F, 2 * F, WHOLE)
+
+
+@triton.jit
+def _one_result(  # type: ignore[no-untyped-def]
+    dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, kept,
+    tile_m, tile_k, M, F, row_stride, col_stride, stash_stride,
+    LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr, KEEP: tl.constexpr, STASH: tl.constexpr, RESULT: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient of gate (RESULT 0), of up (1), or of y (2), cast and stored."""
+    gate = _load_half(x, stash_scales, 0, tile_m, tile_k, M, F, stash_stride, STASH, WHOLE)
+    up = gate  # the gradient of up does not need it
+    if RESULT != 1:
+        up = _load_half(x, stash_scales, 1, tile_m, tile_k, M, F, stash_stride, STASH, WHOLE)
+    if RESULT == 2:
+        part = _product(gate, up)
+    else:
+        grad = load_tile(dy, tile_m, tile_k, M, F, F, WHOLE)
+        dgate, dup = _gradients(grad, gate, up)
+        part = dgate if RESULT == 0 else dup
+    tile = tile_k + (F // TILE if RESULT == 1 else 0)
+    width = F if RESULT == 2 else 2 * F
+    if KEEP and RESULT < 2:
+        _keep(kept, part, tile_m, tile, M, width)
+    store_tile(
+        part, tile_m, tile, M, width,
+        row_codes, row_scales, row_stride, col_codes, col_scales, col_stride,
+        LARGEST, POWER_OF_TWO, False, ROWS, COLUMNS, WHOLE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _backward_apart_kernel(  # type: ignore[no-untyped-def]
+    dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, y_codes, y_scales, kept,
+    M, F, row_stride, col_stride, y_stride, stash_stride,
+    LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr, KEEP: tl.constexpr, STASH: tl.constexpr, Y_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """As `_backward_kernel`, with a program for each of the results of a tile.
+
+    One result needs half of the registers of three, so twice the warps are at work; the neighbours
+    read the same tiles at the same time, from L2.
+    """
+    RESULTS: tl.constexpr = 3 if Y_COLUMNS else 2
+    tile_k, tile_m = tl.program_id(0) // RESULTS, tl.program_id(1)
+    result = tl.program_id(0) % RESULTS
+    if result == 0:
+        _one_result(
+            dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, kept,
+            tile_m, tile_k, M, F, row_stride, col_stride, stash_stride,
+            LARGEST, POWER_OF_TWO, ROWS, COLUMNS, WHOLE, KEEP, STASH, 0,
+        )  # fmt: skip
+    elif result == 1:
+        _one_result(
+            dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, kept,
+            tile_m, tile_k, M, F, row_stride, col_stride, stash_stride,
+            LARGEST, POWER_OF_TWO, ROWS, COLUMNS, WHOLE, KEEP, STASH, 1,
+        )  # fmt: skip
+    else:
+        _one_result(
+            dy, x, stash_scales, y_codes, y_scales, y_codes, y_scales, kept,
+            tile_m, tile_k, M, F, y_stride, y_stride, stash_stride,
+            LARGEST, POWER_OF_TWO, False, Y_COLUMNS, WHOLE, KEEP, STASH, 2,
         )  # fmt: skip
 
 
@@ -110,23 +243,53 @@ def _backward_straddling_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
+class Activated(NamedTuple):
+    """What the forward returns.
+
+    Attributes:
+        cast: operands of fc2.
+        stash: the row-wise cast of the input, if it was asked for.
+        kept: the BF16 intermediate `[M, F]`, if it was to be kept.
+    """
+
+    cast: BlockCast
+    stash: BlockCast | None
+    kept: Tensor | None
+
+
+class ActivationGradients(NamedTuple):
+    """What the backward returns.
+
+    Attributes:
+        cast: the gradient of the input `[M, 2F]`, cast: operands of fc1's dgrad and wgrad.
+        y: the column-wise operand of silu(gate) * up, if it was asked for.
+        kept: the BF16 gradient `[M, 2F]`, if it was to be kept.
+    """
+
+    cast: BlockCast
+    y: BlockCast | None
+    kept: Tensor | None
+
+
 def swiglu_cast(
     x: Tensor,
     scale_format: ScaleFormat,
     rows: bool = True,
     columns: bool = True,
     keep: bool = False,
-    warps: int = WARPS,
-) -> tuple[BlockCast, Tensor | None]:
-    """Return the cast of silu(gate) * up, and that product itself if it is to be kept.
+    stash: bool = False,
+    warps: int | None = None,
+) -> Activated:
+    """Return the cast of silu(gate) * up.
 
     Args:
         x: `[M, 2F]` bfloat16 or float32, contiguous: gate, then up.
         scale_format: `power_of_two` or `float32`.
         rows: whether the operand of fc2's fprop is wanted.
-        columns: whether the operand of fc2's wgrad is wanted.
+        columns: whether the operand of fc2's wgrad is wanted (the backward can make it later).
         keep: return the BF16 intermediate `[M, F]` too (for tests).
-        warps: warps of a program.
+        stash: return the row-wise cast of `x` itself too; F must be a multiple of 128.
+        warps: warps of a program; None for what was found best.
 
     Raises:
         ValueError: `x` is not such a matrix.
@@ -135,54 +298,86 @@ def swiglu_cast(
     if twice % 2:
         raise ValueError(f"SwiGLU's input must have an even number of columns, got {twice}")
     f = twice // 2
+    if warps is None:
+        warps = WARPS if columns and not stash else ONE_WAY_WARPS
+    if stash and f % BLOCK:
+        raise ValueError(f"a stash needs halves of whole blocks of {BLOCK} columns, got {f}")
     out = cast.allocate(m, f, x.device, (rows, columns))
+    stashed = cast.allocate(m, twice, x.device, (True, False)) if stash else None
     kept = torch.empty((m, f), dtype=torch.bfloat16, device=x.device) if keep else None
     *operands, row_stride, col_stride = cast.pointers(out, x)
+    stash_codes, stash_scales, _, _, stash_stride, _ = cast.pointers(stashed or out, x)
     _forward_kernel[(triton.cdiv(f, BLOCK), triton.cdiv(m, BLOCK))](
-        x, *operands, x if kept is None else kept, m, f, row_stride, col_stride,
+        x, *operands, stash_codes, stash_scales, x if kept is None else kept,
+        m, f, row_stride, col_stride, stash_stride,
         **cast.constants(out, scale_format, torch.bfloat16, m % BLOCK == 0 and f % BLOCK == 0),
         KEEP=keep,
+        STASH=stash,
         num_warps=warps,
     )  # fmt: skip
-    return out, kept
+    return Activated(out, stashed, kept)
 
 
 def swiglu_backward_cast(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | BlockCast,
     scale_format: ScaleFormat,
     rows: bool = True,
     columns: bool = True,
     keep: bool = False,
-    warps: int = WARPS,
-) -> tuple[BlockCast, Tensor | None]:
-    """Return the cast of the gradient of SwiGLU's input, and the gradient itself if it is kept.
+    y_columns: bool = False,
+    apart: bool = True,
+    warps: int = BACKWARD_WARPS,
+) -> ActivationGradients:
+    """Return the cast of the gradient of SwiGLU's input.
 
     Args:
         dy: `[M, F]`, the gradient of SwiGLU's result.
-        x: `[M, 2F]`, its input.
+        x: `[M, 2F]`, its input, or the stash that the forward made of it.
         scale_format: `power_of_two` or `float32`.
         rows: whether the operand of fc1's dgrad is wanted.
         columns: whether the operand of fc1's wgrad is wanted.
         keep: return the BF16 gradient `[M, 2F]` too (fc1's bias gradient, or tests).
+        y_columns: compute SwiGLU's result again and return the operand of fc2's wgrad.
+        apart: a program for each result of a tile instead of one for all.
         warps: warps of a program.
 
     Raises:
         ValueError: the shapes do not belong together, or a tensor is not contiguous BF16 or FP32.
     """
     m, f = cast.check_matrix(dy, "SwiGLU's output gradient")
-    if cast.check_matrix(x, "SwiGLU's input") != (m, 2 * f):
-        raise ValueError(f"SwiGLU's input must be [{m}, {2 * f}], got {tuple(x.shape)}")
-    out = cast.allocate(m, 2 * f, x.device, (rows, columns))
-    kept = torch.empty((m, 2 * f), dtype=torch.bfloat16, device=x.device) if keep else None
-    *operands, row_stride, col_stride = cast.pointers(out, x)
+    stash = x if isinstance(x, BlockCast) else None
     straddling = f % BLOCK != 0
-    kernel = _backward_straddling_kernel if straddling else _backward_kernel
-    tiles = triton.cdiv(2 * f if straddling else f, BLOCK)
-    kernel[(tiles, triton.cdiv(m, BLOCK))](
-        dy, x, *operands, x if kept is None else kept, m, f, row_stride, col_stride,
-        **cast.constants(out, scale_format, torch.bfloat16, m % BLOCK == 0 and not straddling),
-        KEEP=keep,
-        num_warps=warps,
+    if isinstance(x, BlockCast):
+        if straddling or x.rows is None or tuple(x.rows.codes.shape) != (m, 2 * f):
+            raise ValueError(f"the stash of SwiGLU's input must be the rows of [{m}, {2 * f}]")
+        values, stash_scales = x.rows
+        stash_stride = stash_scales.stride(0)
+    else:
+        if cast.check_matrix(x, "SwiGLU's input") != (m, 2 * f):
+            raise ValueError(f"SwiGLU's input must be [{m}, {2 * f}], got {tuple(x.shape)}")
+        values, stash_scales, stash_stride = x, x, 0
+    out = cast.allocate(m, 2 * f, dy.device, (rows, columns))
+    kept = torch.empty((m, 2 * f), dtype=torch.bfloat16, device=dy.device) if keep else None
+    *operands, row_stride, col_stride = cast.pointers(out, dy)
+    fixed = cast.constants(out, scale_format, torch.bfloat16, m % BLOCK == 0 and not straddling)
+    if straddling:
+        _backward_straddling_kernel[(triton.cdiv(2 * f, BLOCK), triton.cdiv(m, BLOCK))](
+            dy, values, *operands, dy if kept is None else kept, m, f, row_stride, col_stride,
+            **fixed, KEEP=keep, num_warps=warps,
+        )  # fmt: skip
+        late = None
+        if y_columns:
+            late = swiglu_cast(values, scale_format, rows=False).cast
+        return ActivationGradients(out, late, kept)
+    y = cast.allocate(m, f, dy.device, (False, True)) if y_columns else None
+    _, _, y_codes, y_scales, _, y_stride = cast.pointers(y or out, dy)
+    kernel = _backward_apart_kernel if apart else _backward_kernel
+    results = (3 if y_columns else 2) if apart else 1
+    kernel[(results * triton.cdiv(f, BLOCK), triton.cdiv(m, BLOCK))](
+        dy, values, stash_scales, *operands, y_codes, y_scales, dy if kept is None else kept,
+        m, f, row_stride, col_stride, y_stride, stash_stride,
+        **fixed, KEEP=keep, STASH=stash is not None, Y_COLUMNS=y_columns, num_warps=warps,
+        **(cast.registers(warps) if apart else {}),
     )  # fmt: skip
-    return out, kept
+    return ActivationGradients(out, y, kept)

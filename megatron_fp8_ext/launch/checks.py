@@ -8,19 +8,38 @@ from types import SimpleNamespace
 
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.launch import secrets
 from megatron_fp8_ext.launch.plan import Plan, split_checkpoint
-from megatron_fp8_ext.launch.request import is_secret
 from megatron_fp8_ext.megatron_plugin import arguments, checks
 
 
 def problems(plan: Plan) -> list[str]:
     """Return everything that would stop the run, one line each: what is wrong, and the mend."""
     found = [_missing(name, flag) for name, flag in plan.missing.items()]
-    try:
-        found += [*_sizes(plan), *_lengths(plan)]
-    except UserError as error:
-        found.append(str(error))
+    wrong = _numbers(plan)
+    found += wrong or [*_sizes(plan), *_lengths(plan)]
     return [*found, *_files(plan), *_trainer(plan), *_secrets(plan)]
+
+
+# What the checks below compute with.
+_NUMBERS = (
+    "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size",
+    "--num-attention-heads", "--num-query-groups", "--num-layers", "--hidden-size", "--ffn-hidden-size",
+    "--kv-channels", "--global-batch-size", "--micro-batch-size", "--seq-length",
+    "--max-position-embeddings", "--max-tokens-per-gpu", "--rollout-max-response-len",
+    "--rollout-num-gpus-per-engine",
+)  # fmt: skip
+
+
+def _numbers(plan: Plan) -> list[str]:
+    found = []
+    for flag in _NUMBERS:
+        try:
+            if plan.number(flag, 1) < 1:
+                found.append(f"{flag} {plan.value(flag)}: must be at least 1")
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def _missing(name: str, flag: str) -> str:
@@ -40,8 +59,6 @@ def _sizes(plan: Plan) -> list[str]:
     pp = plan.number("--pipeline-model-parallel-size")
     cp = plan.number("--context-parallel-size")
     world, found = plan.world_size, []
-    if min(tp, pp, cp) < 1:
-        return [f"TP {tp}, PP {pp}, CP {cp}: each must be at least 1"]
     if world % (tp * pp * cp):
         found.append(
             f"{plan.nodes} nodes x {plan.gpus} GPUs = {world} ranks is no multiple of TP {tp} x PP {pp} "
@@ -147,6 +164,8 @@ def _files(plan: Plan) -> list[str]:
             found.append(str(error))
     elif data and not Path(data).exists():
         found.append(f"--data {data} does not exist: give the file or folder of training samples")
+    elif data and arguments.has(plan.argv, "--sft-data"):
+        found += _packed(plan, Path(data))
     if (
         plan.request.preset.stage == "cpt"
         and "init" not in inputs
@@ -184,6 +203,39 @@ def _files(plan: Plan) -> list[str]:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
         found.append(f"--output {plan.output} cannot be written ({place}): choose another folder")
+    return found
+
+
+def _packed(plan: Plan, folder: Path) -> list[str]:
+    """Packed samples against the length and the alignment of a pack."""
+    if not (folder / "index.json").is_file():
+        return [
+            f"--data {folder} is no folder of packed samples: write one with `megatron-fp8 data pack "
+            f"SAMPLES.jsonl --tokenizer MODEL --seq-length {plan.value('--seq-length')} --output DIR`"
+        ]
+    try:
+        from megatron_fp8_ext.sft.shards import SampleShards
+    except ImportError:  # without numpy: the nodes that train have it, and check again
+        return []
+    try:
+        data, seq = SampleShards(folder), plan.number("--seq-length", 0)
+        sequence_parallel = arguments.has(plan.argv, "--sequence-parallel")
+        tp = plan.number("--tensor-model-parallel-size") if sequence_parallel else 1
+        multiple = 128 * tp * plan.number("--context-parallel-size")
+    except UserError as error:
+        return [str(error)]
+    found = []
+    if len(data) and data.longest > seq:
+        found.append(
+            f"--data {folder}: its longest sample has {data.longest} tokens, --seq-length is {seq}: --set "
+            f"seq-length={data.index['seq_length']}, or pack again with a shorter one"
+        )
+    if seq % multiple:
+        low, high = checks.nearest_multiples(seq, multiple)
+        found.append(
+            f"--seq-length {seq}: packs are multiples of {multiple} tokens here (128 x ranks that split a "
+            f"sequence): use {low} or {high}"
+        )
     return found
 
 
@@ -242,10 +294,18 @@ def _quantization(plan: Plan) -> list[str]:
 
 
 def _secrets(plan: Plan) -> list[str]:
-    if plan.launcher == "torchrun":
-        return []
-    return [
-        f"{token.split('=')[0]} would be written into a file: export it as a variable instead"
-        for token in plan.request.extra
-        if token.startswith("--") and is_secret(token.split("=")[0])
+    """Secrets that would end up in a file, or in the record of a Ray job."""
+    known = plan.facts.secrets
+    found = [
+        f"{name}: secrets do not belong into a preset or a file; export it in the shell instead"
+        for name, value in plan.environment.items()
+        if secrets.is_secret(name) or secrets.mask(value, known) != value
     ]
+    if plan.launcher == "torchrun":
+        return found
+    flag = ""
+    for token, shown in zip(plan.argv, secrets.masked(plan.argv, known), strict=True):
+        flag = token.split("=")[0] if token.startswith("--") else flag
+        if token != shown:
+            found.append(f"{flag} would be written into a file: export it as a variable instead")
+    return found

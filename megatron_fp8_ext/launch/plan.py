@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_fp8_ext import presets
@@ -35,12 +35,14 @@ class Facts:
         saved_iteration: iteration of the run's own last checkpoint; None before the first.
         init_iteration: iteration of the last checkpoint under `--init`; None if unknown.
         slime: folder of slime's train.py, found by itself; None where there is none.
+        secrets: values of the environment that must not be shown.
     """
 
     config: Mapping[str, Any] | None = None
     saved_iteration: int | None = None
     init_iteration: int | None = None
     slime: str | None = None
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,8 @@ def build(request: Request, facts: Facts) -> Plan:
         *extra,
     )
     for section in (preset.sections["environment"], request.environment):
-        environment = {**environment, **{name: s.value for name, s in section.items()}}
+        found = {n: _resolve(s.value, names, settings, missing) for n, s in section.items()}
+        environment = {**environment, **found}
     if recipe is not None:
         environment = {**environment, **recipe.environment}
     launcher = request.launcher or ("ray" if trainer == "slime" else "torchrun")

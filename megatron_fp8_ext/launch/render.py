@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megatron_fp8_ext.launch import secrets
 from megatron_fp8_ext.launch.plan import Plan
-from megatron_fp8_ext.launch.request import is_secret
 
 ENTRY = "megatron_fp8_ext.megatron_plugin.pretrain_gpt"
 _DASHBOARD = "http://127.0.0.1:8265"
@@ -34,13 +34,34 @@ class Launch:
 def launch(plan: Plan) -> Launch:
     """Render a plan for its launcher."""
     if plan.launcher == "torchrun":
-        return Launch((Step(torchrun(plan), plan.environment),))
+        run = Step(torchrun(plan), plan.environment)
+        # A single machine says at once what it lacks; of several, one would wait for the others.
+        return Launch((_preflight(doctor(plan)), run) if plan.nodes > 1 else (run,))
     if plan.launcher == "ray":
         return Launch(_ray(plan))
     from megatron_fp8_ext.launch import slurm
 
     path = f"{plan.output}/{plan.request.preset.name}.sbatch"
     return Launch((Step(("sbatch", path)),), {path: slurm.sbatch(plan)})
+
+
+def doctor(plan: Plan) -> tuple[str, ...]:
+    """Return the preflight command, with what RL serves and how it is cut."""
+    if plan.trainer == "megatron":
+        return ("megatron-fp8", "doctor")
+    words = ["megatron-fp8", "doctor", "--slime"]
+    if plan.request.preset.stage == "rl":
+        words += ["--hf-checkpoint", plan.value("--hf-checkpoint")]
+        words += ["--engine-gpus", plan.value("--rollout-num-gpus-per-engine", "1")]
+        words += ["--tensor-parallel", plan.value("--tensor-model-parallel-size", "1")]
+    folder = plan.request.slime or plan.facts.slime
+    return ("env", f"SLIME_PATH={folder}", *words) if folder else tuple(words)
+
+
+def _preflight(words: tuple[str, ...]) -> Step:
+    return Step(
+        words, why="preflight of this node: stops here, with the mend, where training would fail"
+    )
 
 
 def program(plan: Plan) -> tuple[str, ...]:
@@ -91,49 +112,35 @@ def _ray(plan: Plan) -> tuple[Step, ...]:
         why="a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); "
         "`ray stop` ends it",
     )  # fmt: skip
-    return (start, submit)
+    return (_preflight(doctor(plan)), start, submit)
 
 
-def shell(launched: Launch) -> str:
-    """Return the launch as shell text to paste."""
+def shell(launched: Launch, known: Sequence[str] = ()) -> str:
+    """Return the launch as shell text to paste; secrets, `known` ones included, are blotted out."""
     lines: list[str] = []
     for path, content in launched.files.items():
         folder = path.rpartition("/")[0]
         lines += [f"mkdir -p {shlex.quote(folder)}", f"cat > {shlex.quote(path)} <<'SBATCH'"]
-        lines += [content.rstrip("\n"), "SBATCH"]
+        lines += [secrets.mask(content.rstrip("\n"), known), "SBATCH"]
     for step in launched.steps:
         if step.why:
             lines.append(f"# {step.why}")
         lines += [
-            f"export {name}={shlex.quote(_shown(name, value))}"
+            f"export {name}={shlex.quote(_shown(name, value, known))}"
             for name, value in step.environment.items()
         ]
-        lines.append(wrapped(step.argv))
+        lines.append(wrapped(step.argv, known=known))
     return "\n".join(lines)
 
 
-def _shown(name: str, value: str) -> str:
-    return "***" if is_secret(name) else value
+def _shown(name: str, value: str, known: Sequence[str]) -> str:
+    return secrets.HIDDEN if secrets.is_secret(name) else secrets.mask(value, known)
 
 
-def hidden(argv: Sequence[str]) -> list[str]:
-    """Return the command with the values of secret flags blotted out."""
-    out: list[str] = []
-    for token in argv:
-        flag, equals, _ = token.partition("=")
-        if token.startswith("--") and equals and is_secret(flag):
-            out.append(f"{flag}=***")
-        elif out and out[-1].startswith("--") and is_secret(out[-1]) and not token.startswith("--"):
-            out.append("***")
-        else:
-            out.append(token)
-    return out
-
-
-def wrapped(argv: Sequence[str], indent: str = "    ") -> str:
+def wrapped(argv: Sequence[str], indent: str = "    ", known: Sequence[str] = ()) -> str:
     """Return a command over several lines, one flag a line."""
     lines: list[list[str]] = [[]]
-    for token in hidden(argv):
+    for token in secrets.masked(argv, known):
         if token.startswith("-") and token != "-m" and len(lines[-1]) > 0:
             lines.append([])
         lines[-1].append(shlex.quote(token))

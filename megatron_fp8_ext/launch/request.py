@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +10,12 @@ from typing import Literal
 
 from megatron_fp8_ext import presets
 from megatron_fp8_ext.errors import UserError, unknown_name
+from megatron_fp8_ext.launch.secrets import is_secret
 from megatron_fp8_ext.presets import Preset, Setting, yaml_file
 
 Launcher = Literal["torchrun", "slurm", "ray"]
 LAUNCHERS: tuple[Launcher, ...] = ("torchrun", "slurm", "ray")
 INPUTS = ("data", "model", "init", "output", "eval-data")
-# Names of variables and flags whose values are never printed and never written to a file.
-_SECRET_VARIABLE = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
-_SECRET_FLAG = re.compile(r"-(api-key|wandb-key|token|secret|password)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +66,6 @@ class Request:
     slime: str | None = None
     from_scratch: bool = False
     slurm: SlurmOptions = SlurmOptions()
-
-
-def is_secret(name: str) -> bool:
-    """Whether a variable's or flag's value must not be shown."""
-    return bool((_SECRET_FLAG if name.startswith("-") else _SECRET_VARIABLE).search(name))
 
 
 def with_config(request: Request, path: Path) -> Request:

@@ -26,6 +26,7 @@ def sbatch(plan: Plan) -> str:
         "output": f"{plan.output}/slurm-%j.log",
         "open-mode": "append",
         "requeue": None,
+        "signal": f"B:USR1@{_MARGIN_MINUTES * 60}" if plan.trainer == "slime" else False,
     }
     head = [
         f"#SBATCH --{key}" + ("" if value is None else f"={value}")
@@ -44,7 +45,7 @@ def sbatch(plan: Plan) -> str:
         *(f"export {key}={shlex.quote(value)}" for key, value in plan.environment.items()),
         "",
         "# Preflight on every node: stops here, with the mend, where training would fail.",
-        '"${SRUN[@]}" megatron-fp8 doctor',
+        f'"${{SRUN[@]}}" {shlex.join(render.doctor(plan))}',
         "",
     ]  # fmt: skip
     body = _megatron(plan) if plan.trainer == "megatron" else _slime(plan)
@@ -61,7 +62,7 @@ def _megatron(plan: Plan) -> list[str]:
     )  # fmt: skip
     text = render.wrapped(command).replace("'$SLURM_JOB_ID'", '"$SLURM_JOB_ID"')
     text = text.replace("'$HEAD:29400'", '"$HEAD:29400"')
-    lines = [f"saved() {{ cat {tracker} 2>/dev/null || echo 0; }}", "before=$(saved)"]
+    lines = _saved(tracker)
     if plan.start != plan.resume:
         lines += [
             'if [ "$before" = 0 ]; then',
@@ -86,12 +87,24 @@ def _megatron(plan: Plan) -> list[str]:
     return lines
 
 
+def _saved(tracker: str) -> list[str]:
+    return [f"saved() {{ cat {tracker} 2>/dev/null || echo 0; }}", "before=$(saved)"]
+
+
 def _slime(plan: Plan) -> list[str]:
     command = render.wrapped(
         ("ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--runtime-env-json",
          render.runtime_environment(plan), "--", *render.slime_command(plan))
     )  # fmt: skip
+    tracker = shlex.quote(f"{plan.save}/latest_checkpointed_iteration.txt")
     return [
+        *_saved(tracker),
+        f"# Slurm's signal, {_MARGIN_MINUTES} minutes before the end: once more, if further than before.",
+        "again() {",
+        '    if [ "$(saved)" -gt "$before" ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        "}",
+        "trap again USR1",
+        "",
         "# One Ray cluster inside this job. Its nodes talk over the cluster's network; the dashboard, whose",
         "# job API runs any code it is sent, listens on the head's loopback only.",
         'HEAD_IP=$(srun --nodes=1 --ntasks=1 -w "$HEAD" hostname -i | cut -d" " -f1)',
@@ -103,5 +116,7 @@ def _slime(plan: Plan) -> list[str]:
         f'--ntasks={max(plan.nodes - 1, 1)} -x "$HEAD" ray start --block --address="$HEAD_IP:6379" '
         f"--num-gpus={plan.gpus} --disable-usage-stats &",
         "sleep 20",
-        f'srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" {command}',
+        f'srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" {command} &',
+        "job=$!",
+        'wait "$job" || { code=$?; [ "$code" -gt 128 ] && wait "$job"; }',
     ]

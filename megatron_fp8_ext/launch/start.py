@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.launch import architecture
+from megatron_fp8_ext.launch import architecture, secrets
 from megatron_fp8_ext.launch.plan import Facts, Plan, split_checkpoint
-from megatron_fp8_ext.launch.render import Launch, Step, hidden
+from megatron_fp8_ext.launch.render import Launch, Step
 from megatron_fp8_ext.launch.request import Request
 
 RECORD = "run.json"
@@ -35,6 +35,7 @@ def facts(request: Request) -> Facts:
         saved_iteration=_last(root),
         init_iteration=_last(split_checkpoint(init)[0]) if init else None,
         slime=_slime(),
+        secrets=secrets.values(os.environ),
     )
 
 
@@ -68,7 +69,7 @@ def record(plan: Plan) -> str:
             "model": plan.request.inputs.get("model"),
             "save": plan.save,
             "world_size": plan.world_size,
-            "flags": hidden(plan.argv),
+            "flags": secrets.masked(plan.argv, plan.facts.secrets),
         },
         indent=1,
     )
@@ -115,8 +116,11 @@ def start(plan: Plan, launched: Launch) -> int:
 
 def _run(step: Step) -> int:
     argv = list(step.argv)
-    if argv[0] == "torchrun":  # of this Python, on PATH or not
-        argv[:1] = [sys.executable, "-m", "torch.distributed.run"]
+    own = {"torchrun": "torch.distributed.run", "megatron-fp8": "megatron_fp8_ext.cli"}
+    for name, module in own.items():  # of this Python, on PATH or not
+        if name in argv[:3]:
+            at = argv.index(name)
+            argv[at : at + 1] = [sys.executable, "-m", module]
     try:
         process = subprocess.Popen(argv, env={**os.environ, **step.environment})
     except FileNotFoundError:

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_fp8_ext.checkpoint import complete, layout, sample_plan, state
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import write_atomically
 from megatron_fp8_ext.megatron_plugin import arguments, schedule_flags
 from megatron_fp8_ext.megatron_plugin.branch import FROM, PLANNED, Branch, BranchPoint, point_at
 
@@ -163,7 +164,7 @@ def _same_folder(root: Path, point: BranchPoint) -> bool:
 def write_record(save: Path, branch: Branch) -> None:
     """Note the branch in its folder, by a temporary name and a rename."""
     save.mkdir(parents=True, exist_ok=True)
-    complete.replace_text(save / RECORD, json.dumps(dataclasses.asdict(branch), indent=1) + "\n")
+    write_atomically(save / RECORD, json.dumps(dataclasses.asdict(branch), indent=1) + "\n")
 
 
 def read_record(save: Path) -> Branch | None:

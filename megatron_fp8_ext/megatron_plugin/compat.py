@@ -7,10 +7,12 @@ to 0.19 with TransformerEngine 2.20 (today's). Everything else is tried and said
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 # Hopper; TransformerEngine's block-scaled GEMM needs it, and cuBLAS of CUDA 12.9.
@@ -29,11 +31,28 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 
 def megatron_version() -> str:
-    """Return the version of the Megatron that this process imports, a checkout included."""
+    """Return the version of the Megatron that this process imports, a checkout included.
+
+    From 0.19 on Megatron appends the commit of whatever git repository its files lie in: for a wheel
+    that is the user's own project, so it is left out there.
+    """
     try:
-        return str(importlib.import_module("megatron.core.package_info").__version__)
+        version = str(importlib.import_module("megatron.core.package_info").__version__)
     except (ImportError, AttributeError):
         return distribution_version("megatron-core") or "unknown"
+    return version.partition("+")[0] if megatron_is_wheel() else version
+
+
+def megatron_is_wheel() -> bool:
+    """Whether the Megatron that this process imports is the installed distribution."""
+    spec = importlib.util.find_spec("megatron.core")
+    try:
+        installed = metadata.distribution("megatron-core").locate_file("megatron/core/__init__.py")
+    except metadata.PackageNotFoundError:
+        return False
+    if spec is None or spec.origin is None:
+        return False
+    return Path(spec.origin).resolve() == Path(str(installed)).resolve()
 
 
 def distribution_version(name: str) -> str | None:

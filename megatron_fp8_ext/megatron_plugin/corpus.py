@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.sft import inputs
+from megatron_fp8_ext.sft.conversation import InvalidRecord
 
 
 @dataclass(frozen=True)
@@ -22,31 +22,32 @@ class CorpusStatistics:
 
 
 def documents_in(path: Path, key: str = "text") -> Iterator[str]:
-    """Yield the documents of a JSONL file: one JSON object a line, its text under `key`.
+    """Yield the documents of a JSONL or parquet file, a line or row each, its text under `key`.
 
     Raises:
-        UserError: missing or empty file; a line that is not such an object, with its number.
+        UserError: missing or empty file; a line without such a text, with its number.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    if path.stat().st_size == 0:
-        raise UserError(
-            f'{path} is empty: it needs one JSON object a line, such as {{"text": "..."}}'
-        )
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record: Any = json.loads(line)
-            except ValueError as error:
-                reason = f"not valid JSON ({error})"
-            else:
-                if isinstance(record, dict) and isinstance(record.get(key), str):
-                    yield record[key]
-                    continue
+    for piece in inputs.pieces(path):
+        for number, record in inputs.records(piece):
+            text = record.get(key) if isinstance(record, dict) else None
+            if isinstance(record, InvalidRecord):
+                reason = str(record)
+            elif not isinstance(text, str):
                 reason = f'no string under "{key}"'
+            elif not _has_encoding(text):
+                reason = inputs.HALF_PAIR
+            else:
+                yield text
+                continue
             raise UserError(f"{path}, line {number}: {reason}; mend or delete the line")
+
+
+def _has_encoding(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_indexed(

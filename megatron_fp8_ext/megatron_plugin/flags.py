@@ -15,6 +15,7 @@ from megatron_fp8_ext.checkpoint.layout import CheckpointLayout
 from megatron_fp8_ext.errors import UserError, unknown_name
 from megatron_fp8_ext.megatron_plugin import (
     arguments,
+    fused_flags,
     linear_loss,
     packed_flags,
     schedule_flags,
@@ -31,6 +32,7 @@ RECIPE_VARIABLE = "MEGATRON_FP8_EXT_RECIPE"
 EMULATE_VARIABLE = "MEGATRON_FP8_EXT_EMULATE"
 OWN_FLAGS = (EMULATE, NO_PARAM_GATHER)
 NATIVE_RECIPES = ("delayed", "tensorwise", "mxfp8", "blockwise", "custom")
+MAIN_PARAMS = "--load-main-params-from-ckpt"
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 
 # On the CPU: what Megatron can only do there, and what it can only do on a GPU. None of it changes
@@ -104,6 +106,7 @@ class Expansion:
         notes: lines for rank 0, the first one the summary.
         stats: the numerics taps; None without them.
         chunked_loss: whether head and loss run in slices of the vocabulary.
+        fused: what the run asks of the fused path.
     """
 
     argv: tuple[str, ...]
@@ -113,6 +116,7 @@ class Expansion:
     notes: tuple[str, ...] = ()
     stats: stats_flags.Stats | None = None
     chunked_loss: bool = False
+    fused: fused_flags.Fused = fused_flags.NOT_FUSED
 
 
 def requested(argv: Sequence[str], environ: Mapping[str, str]) -> str | None:
@@ -123,7 +127,8 @@ def requested(argv: Sequence[str], environ: Mapping[str, str]) -> str | None:
 
 def ours(argv: Sequence[str], environ: Mapping[str, str]) -> bool:
     """Whether the command uses any flag of ours."""
-    own = arguments.first_written(argv, (*OWN_FLAGS, stats_flags.INTERVAL, linear_loss.FLAG))
+    flags = (*OWN_FLAGS, *fused_flags.FLAGS, stats_flags.INTERVAL, linear_loss.FLAG)
+    own = arguments.first_written(argv, flags)
     return own is not None or requested(argv, environ) is not None or schedule_flags.asked(argv)
 
 
@@ -161,6 +166,7 @@ def _expand_recipe(argv: Sequence[str], facts: Facts) -> Expansion:
     if not recipe.is_fp8:
         return _expand_bf16(out, recipe, facts)
 
+    out, fused = fused_flags.take(out, facts.environ)
     emulated = emulate or not facts.has_gpu
     _refuse(out, recipe, facts, emulated)
     if not emulated and facts.fp8_gap is not None:
@@ -193,8 +199,13 @@ def _expand_recipe(argv: Sequence[str], facts: Facts) -> Expansion:
         notes.append(note)
     elif emulated:
         notes.insert(0, f"{EMULATE}: {RECIPE} {name} is EMULATED (same codes and scales, slow)")
+    if emulated:
+        if fused.stash:
+            notes.append(f"{fused_flags.STASH}: emulated layers keep BF16")
+        fused = fused_flags.NOT_FUSED
+    layers = "" if emulated else f" | layers: {_layers(fused)}"
     summary = (
-        f"{RECIPE} {name} -> {' '.join(added)} | {recipe.short_str()} | {weights} | BF16: "
+        f"{RECIPE} {name} -> {' '.join(added)} | {recipe.short_str()} | {weights}{layers} | BF16: "
         f"{', '.join(recipe.high_precision)}"
     )
     return Expansion(
@@ -203,12 +214,19 @@ def _expand_recipe(argv: Sequence[str], facts: Facts) -> Expansion:
         recipe=recipe,
         emulated=emulated,
         notes=(summary, *notes),
+        fused=fused,
     )
+
+
+def _layers(fused: fused_flags.Fused) -> str:
+    if not fused.on:
+        return f"TransformerEngine's ({fused_flags.OFF})"
+    return "fused where possible" + (", fc1's output kept in FP8" if fused.stash else "")
 
 
 def _expand_native(argv: Sequence[str], facts: Facts) -> Expansion:
     """A run without our recipe passes through; FP8 asked for in native flags is held to it too."""
-    own = arguments.first_written(argv, OWN_FLAGS)
+    own = arguments.first_written(argv, (*OWN_FLAGS, *fused_flags.FLAGS))
     if own is not None:
         raise UserError(f"{own} needs one of our recipes: add {RECIPE} infir2")
     asks_fp8 = arguments.has(argv, "--fp8-format")
@@ -224,7 +242,8 @@ def _expand_native(argv: Sequence[str], facts: Facts) -> Expansion:
 
 
 def _expand_bf16(argv: list[str], recipe: FP8Recipe, facts: Facts) -> Expansion:
-    contradiction = arguments.first_written(argv, ("--fp8-format", "--fp8-param-gather"))
+    fp8_only = ("--fp8-format", "--fp8-param-gather", *fused_flags.FLAGS)
+    contradiction = arguments.first_written(argv, fp8_only)
     if contradiction is not None:
         raise UserError(f"{RECIPE} {recipe.name} contradicts {contradiction}: drop one of the two")
     notes = [f"{RECIPE} {recipe.name} -> no FP8 flags | {recipe.short_str()}"]
@@ -305,7 +324,25 @@ def _param_gather(
     saves = arguments.has(argv, "--save")
     if saves and RESHARDABLE in facts.options and not arguments.has(argv, RESHARDABLE):
         added.append(RESHARDABLE)
-    return added, "weights kept in FP8"
+    return [*added, *_main_params(argv, facts)], "weights kept in FP8"
+
+
+def _main_params(argv: Sequence[str], facts: Facts) -> list[str]:
+    """Let a run that starts from weights alone take them as they are for its FP32 main parameters.
+
+    Megatron copies main parameters from the model's unless told otherwise: from FP8 weights they would
+    come back rounded to FP8, and the run would not start where its BF16 counterpart does.
+    """
+    layout = facts.checkpoint
+    if layout is None or MAIN_PARAMS not in facts.options or arguments.has(argv, MAIN_PARAMS):
+        return []
+    weights_alone = layout.iteration == 0 or arguments.first_written(
+        argv, ("--no-load-optim", "--finetune")
+    )
+    if not weights_alone:
+        return []
+    needed = () if arguments.has(argv, "--no-load-optim") else ("--no-load-optim",)
+    return [*needed, MAIN_PARAMS]
 
 
 def _loads_optimizer_safely(argv: Sequence[str], facts: Facts) -> bool:

@@ -25,6 +25,7 @@ from megatron_fp8_ext.megatron_plugin import (
     command,
     compat,
     flags,
+    fused_flags,
     linear_loss,
     packed_checks,
     packed_flags,
@@ -91,6 +92,8 @@ def _describe(parser: argparse.ArgumentParser) -> None:
         default="off",
         help="compute LM head and loss together, in slices of the vocabulary (less memory)",
     )
+    for flag, text in fused_flags.HELP.items():
+        group.add_argument(flag, action="store_true", help=text)
     for flag, text in schedule_flags.HELP.items():
         group.add_argument(flag, help=text)
     for flag, what in (
@@ -179,10 +182,14 @@ def _adopt(found: Command, expansion: flags.Expansion, parsed: Any) -> None:
     if expansion.recipe is not None:
         # A plain string: Megatron pickles its arguments into checkpoints.
         parsed.fp8_ext_recipe = expansion.recipe.name
+        # Megatron writes its arguments into event files, where `watch` finds the device's peak by it.
+        parsed.fp8_ext_device = compat.versions()["device"]
         # Ray actors and spawned workers do not see this command line.
         os.environ[flags.RECIPE_VARIABLE] = expansion.recipe.name
+        os.environ[fused_flags.VARIABLE] = expansion.fused.text
     state.recipe, state.emulated = expansion.recipe, expansion.emulated
     state.stats = expansion.stats
+    state.fused, state.fp8_stash = expansion.fused.on, expansion.fused.stash
     state.branch = branch
     state.branch_started = found.started
     notes = (*found.notes, *expansion.notes)

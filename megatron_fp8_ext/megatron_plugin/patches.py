@@ -16,6 +16,8 @@ from typing import Literal
 from megatron_fp8_ext.megatron_plugin import (
     arguments,
     flags,
+    fused_flags,
+    fused_layer,
     import_hook,
     linear_loss,
     packed_flags,
@@ -24,7 +26,9 @@ from megatron_fp8_ext.megatron_plugin import (
 )
 from megatron_fp8_ext.megatron_plugin.branch import FROM
 
-When = Literal["always", "ours", "branch", "packed", "emulation", "cpu", "stats", "chunked loss"]
+When = Literal[
+    "always", "ours", "branch", "packed", "emulation", "cpu", "stats", "chunked loss", "fused"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +213,33 @@ PATCHES: tuple[Patch, ...] = (
         apply=linear_loss.postprocess,
     ),
     Patch(
+        module="megatron.core.extensions.transformer_engine",
+        symbol="TELayerNormColumnParallelLinear.forward, TELinear.forward",
+        reason="norm, cast and GEMM as one function, with less kept for the backward",
+        versions="0.17-0.19",
+        delete_when="TransformerEngine fuses the norm with the block-scaled cast",
+        when="fused",
+        apply=fused_layer.te_linears,
+    ),
+    Patch(
+        module="megatron.core.transformer.mlp",
+        symbol="MLP.forward",
+        reason="norm, fc1, SwiGLU and fc2 as one function, with less kept for the backward",
+        versions="0.17-0.19",
+        delete_when="TransformerEngine fuses SwiGLU with the block-scaled cast, both ways",
+        when="fused",
+        apply=fused_layer.mlp,
+    ),
+    Patch(
+        module="megatron.training.training",
+        symbol="train_step",
+        reason="says after the first step which layers are fused",
+        versions="0.17-0.19",
+        delete_when="Megatron has a callback around its training step",
+        when="fused",
+        apply=fused_layer.say_after_first_step,
+    ),
+    Patch(
         module="megatron.training.training",
         symbol="get_forward_backward_func",
         reason="a step over --sft-data has as many micro-batches as it has packs",
@@ -336,6 +367,11 @@ def register() -> None:
         "cpu": on_cpu,
         "stats": any(token.startswith(stats_flags.INTERVAL) for token in sys.argv),
         "chunked loss": arguments.value(sys.argv[1:], linear_loss.FLAG) == "chunked",
+        "fused": not on_cpu
+        and not emulated
+        and flags.requested(sys.argv[1:], os.environ) not in (None, "bf16")
+        and not arguments.has(sys.argv, fused_flags.OFF)
+        and os.environ.get(fused_flags.VARIABLE) != "off",
     }
     for patch in PATCHES:
         if active[patch.when]:

@@ -28,8 +28,12 @@ _ONLY_IN_MEGATRON_LM = (
 _DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
 
 
-def main() -> None:
-    """Parse Megatron's flags from the command line and train."""
+def main(provider: Any = None) -> None:
+    """Parse Megatron's flags from the command line and train.
+
+    Args:
+        provider: what makes the datasets; None for `datasets` below.
+    """
     # Training alone needs no launcher; torchrun sets these for more than one process.
     for name, value in (
         ("MASTER_ADDR", "127.0.0.1"),
@@ -45,7 +49,7 @@ def main() -> None:
         _require_megatron()
     except UserError as error:
         raise run.stop(error) from error
-    _pretrain()
+    _pretrain(provider or datasets)
 
 
 def _require_megatron() -> None:
@@ -66,15 +70,15 @@ def _require_megatron() -> None:
     )
 
 
-def _pretrain() -> None:
+def _pretrain(provider: Any) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
-    datasets.is_distributed = True  # type: ignore[attr-defined]  # Megatron calls it on every rank
+    provider.is_distributed = True  # Megatron calls it on every rank
     shape = compat.pretrain_shape(pretrain)
     if shape == "providers":
         pretrain(
-            datasets,
+            provider,
             model_provider,
             ModelType.encoder_or_decoder,
             forward_step,
@@ -88,7 +92,7 @@ def _pretrain() -> None:
     if shape == "container_and_provider":
         pretrain(
             pretrain_cfg_container_from_args(args),
-            datasets,
+            provider,
             model_provider,
             ModelType.encoder_or_decoder,
             forward_step,
@@ -97,7 +101,7 @@ def _pretrain() -> None:
     from megatron.training.argument_utils import gpt_config_from_args
 
     container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step)
+    pretrain(container, provider, ModelType.encoder_or_decoder, forward_step)
 
 
 def _refuse_unsupported(args: Any) -> None:

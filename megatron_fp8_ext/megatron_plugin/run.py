@@ -31,6 +31,8 @@ class Run:
         said: what was printed last, so that a second parser does not repeat it.
         wants_cpu: an entry script of ours runs, which trains without a GPU even in BF16.
         gpus_elsewhere: this process only parses; Ray actors train, and check their own GPUs.
+        fused: whether layers may go through the fused functions.
+        fp8_stash: whether a fused MLP keeps fc1's output in FP8.
     """
 
     recipe: FP8Recipe | None = None
@@ -44,6 +46,8 @@ class Run:
     wants_cpu: bool = False
     stats: Stats | None = None
     gpus_elsewhere: bool = False
+    fused: bool = False
+    fp8_stash: bool = False
 
 
 current = Run()

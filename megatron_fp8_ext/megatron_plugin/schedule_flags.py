@@ -104,6 +104,9 @@ def expand(
     Raises:
         UserError: lengths that are missing, contradict each other or Megatron's flags.
     """
+    for name in (token.split("=")[0] for token in argv):
+        if name.startswith("--wsd-") and name not in OWN:
+            raise unknown_name("flag", name, [own for own in OWN if own.startswith("--wsd-")])
     if not asked(argv):
         return Scheduled(argv=tuple(argv))
     if arguments.has(argv, "--yaml-cfg"):
@@ -278,6 +281,26 @@ def phases_of(argv: Sequence[str], kind: type[WSD]) -> Phases:
         batch,
         kind.default_decay,
     )
+
+
+def native_phases(argv: Sequence[str]) -> tuple[Phases, DecayStyle]:
+    """Return the phases and the decay style of a command in Megatron's own flags.
+
+    Raises:
+        UserError: its schedule has no stable phase.
+    """
+    kind = arguments.value(argv, "--lr-decay-style")
+    if kind not in ("WSD", "constant"):
+        shown = f"--lr-decay-style {kind or 'linear'}{'' if kind else ' (as none is given)'}"
+        raise UserError(f"{shown} has no stable phase to plan: add {SCHEDULE} wsd")
+    for unit in ("iters", "samples"):
+        end = arguments.value(argv, f"--lr-decay-{unit}")
+        if end is not None:  # the schedule may end before or after the run
+            argv = [*argv, f"--train-{unit}", end]
+    if kind == "constant":
+        for flag in _NATIVE["decay"]:
+            argv = arguments.without(argv, flag, takes_value=True)
+    return phases_of(argv, WSD), decay_style(argv) or "exponential"  # Megatron's default
 
 
 def batch_of(argv: Sequence[str]) -> Batch:

@@ -6,7 +6,8 @@ and cast them by the reference (fp8/), which TransformerEngine is held to bit fo
 the same casts, computed a second time on the first ROWS rows of the first micro-batch. One tensor-,
 data- and context-parallel rank of each pipeline stage samples.
 
-Hooks cannot see inside a fused block of several layers; such a block calls `current().observe` itself.
+Hooks cannot see inside a fused MLP: while they are set it goes through TransformerEngine's layers
+(`fused_rules.watched`), whose operands are the same.
 """
 
 from __future__ import annotations
@@ -98,14 +99,6 @@ class Taps:
         }
 
 
-_current: Taps | None = None
-
-
-def current() -> Taps | None:
-    """Return the taps of the iteration being sampled, or None in all others."""
-    return _current
-
-
 def wrap_train_step(module: ModuleType) -> None:
     """Replace `train_step` of `megatron.training.training` by one that samples every N iterations."""
     native = module.train_step
@@ -181,16 +174,13 @@ def native_casts(fp8_format: str, fp8_recipe: str) -> Casts:
 @contextmanager
 def sampling(chunks: Sequence[torch.nn.Module], operands: Casts) -> Iterator[Taps]:
     """Within it, the linear layers of the model's chunks are observed; hooks are gone after it."""
-    global _current
     taps = Taps(operands)
     handles: list[Any] = []
     try:
-        _current = taps
         for layer, name, module in linears(chunks):
             handles.append(module.register_forward_hook(_forward_hook(taps, layer, name)))
         yield taps
     finally:
-        _current = None
         for handle in handles:
             handle.remove()
 

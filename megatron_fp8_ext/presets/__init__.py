@@ -8,6 +8,7 @@ is text, as on a command line).
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,10 +102,17 @@ def get(name: str) -> Preset:
     return _build(name, _FOLDER / f"{name}.yaml")
 
 
-def model_facts(model: str) -> dict[str, str]:
-    """Return what config.json of a released model says, as text, or nothing if it is not known."""
+def model_facts(model: str) -> dict[str, Any]:
+    """Return what config.json of a released model says, as JSON types, or nothing if it is not known."""
     facts = yaml_file.read(_FOLDER / "models.yaml").get(model, {})
-    return {key: str(value) for key, value in facts.items()}
+    return {key: _from_json(str(value)) for key, value in facts.items()}
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def known_keys() -> frozenset[str]:

@@ -143,7 +143,7 @@ def _gap_curve(result: Result, colours: Mapping[str, str]) -> Picture | None:
 
 
 def _margin_line(draw: Callable[..., Any]) -> None:
-    draw(100 * verdict.MARGIN, color="#c00000", linestyle=":", linewidth=1.2)
+    draw(100 * verdict.MARGIN, color="#d94040", linestyle=":", linewidth=1.2)
     draw(0, color=_GREY, linewidth=0.8)
 
 

@@ -46,6 +46,7 @@ def write_html(result: Result, path: Path) -> Path:
         verdicts=tables.verdicts(result),
         rule=tables.RULE,
         spread=tables.spread(result),
+        sharing=tables.sharing(result),
         pictures=figures.draw(result),
         members=tables.members(result),
         errors=tables.errors(result),
@@ -62,7 +63,8 @@ def write_html(result: Result, path: Path) -> Path:
 def write_markdown(result: Result, path: Path) -> Path:
     """Write the same without pictures and single layers."""
     parts = [f"# {result.headline}", result.control_note, _markdown(tables.verdicts(result))]
-    parts += [tables.RULE, tables.spread(result), "## Runs", _markdown(tables.members(result))]
+    parts += [tables.RULE, tables.spread(result), tables.sharing(result)]
+    parts += ["## Runs", _markdown(tables.members(result))]
     if tables.errors(result).rows:
         parts += ["## Error of the casts", tables.errors_note(result)]
         parts.append(_markdown(tables.errors(result)))
@@ -74,11 +76,10 @@ def write_markdown(result: Result, path: Path) -> Path:
 
 
 def _commands(result: Result) -> list[tuple[str, str]]:
-    """The first seed's command of each recipe."""
-    return [
-        (recipe.runs[0].run.folder.name, shlex.join(recipe.runs[0].run.described["argv"]))
-        for recipe in result.recipes
-    ]
+    """The first seed's command of each recipe; of its program the name, for its place is one machine's."""
+    runs = [recipe.runs[0].run for recipe in result.recipes]
+    words = [(Path(run.described["argv"][0]).name, *run.described["argv"][1:]) for run in runs]
+    return [(run.folder.name, shlex.join(argv)) for run, argv in zip(runs, words, strict=True)]
 
 
 def _markdown(table: Table) -> str:

@@ -8,11 +8,18 @@ from pathlib import Path
 
 from megatron_fp8_ext import registry
 from megatron_fp8_ext.errors import UserError, unknown_name
-from megatron_fp8_ext.megatron_plugin import arguments, flags, stats_flags
+from megatron_fp8_ext.megatron_plugin import (
+    arguments,
+    flags,
+    fused_flags,
+    packed_flags,
+    stats_flags,
+)
 from megatron_fp8_ext.recipe import get_recipe
 
 BASELINE = "bf16"
 MEGATRON_DEFAULT_SEED = 1234
+RUN = "{run}"  # in a command: the name of the run's folder, RECIPE-seedN
 
 # What a member has of its own; everything else of the command is common to all. Flag -> takes a value.
 _OWN: dict[str, bool] = {
@@ -35,6 +42,7 @@ _FIRST_START: dict[str, bool] = {
     "--finetune": False,
     "--no-load-optim": False,
     "--no-load-rng": False,
+    flags.MAIN_PARAMS: False,
     "--pretrained-checkpoint": True,
 }
 _NATIVE_FORMATS = {
@@ -42,6 +50,12 @@ _NATIVE_FORMATS = {
     "tensorwise": "hybrid",
     "mxfp8": "e4m3",
     "blockwise": "e4m3",
+}
+# Of our own recipes: what comes after the colon -> flags.
+_OPTIONS = {
+    "emulated": (flags.EMULATE,),
+    "unfused": (fused_flags.OFF,),
+    "stash": (fused_flags.STASH,),
 }
 
 
@@ -105,8 +119,9 @@ class Member:
 def choose(text: str) -> Choice:
     """Read one entry of `--recipes`: NAME, or NAME:OPTION.
 
-    The option of our recipes is `emulated`; of Megatron's own (delayed, tensorwise, mxfp8, blockwise)
-    the FP8 format, `e4m3` or `hybrid`. Negative controls are always emulated.
+    The option of our recipes is `emulated`, `unfused` (TransformerEngine's layers) or `stash` (fc1's output
+    kept in FP8); of Megatron's own (delayed, tensorwise, mxfp8, blockwise) the FP8 format, `e4m3` or
+    `hybrid`. Negative controls are always emulated.
 
     Raises:
         UserError: unknown recipe or option.
@@ -122,11 +137,12 @@ def choose(text: str) -> Choice:
             "recipe in --recipes", name, (*registry.names("recipe"), *_NATIVE_FORMATS)
         )
     recipe = get_recipe(name)
-    if option not in ("", "emulated") or (option and not recipe.is_fp8):
-        only = "has no option" if not recipe.is_fp8 else "has one option, 'emulated'"
+    known = ("emulated",) if recipe.control else tuple(_OPTIONS) if recipe.is_fp8 else ()
+    if option and option not in known:
+        only = f"has the options {', '.join(known)}" if known else "has no option"
         raise UserError(f"--recipes {text}: {name} {only}")
-    emulate = (flags.EMULATE,) if option or recipe.control else ()
-    return Choice(text, (flags.RECIPE, name, *emulate), recipe.is_fp8, recipe.control)
+    added = _OPTIONS["emulated" if recipe.control else option] if option or recipe.control else ()
+    return Choice(text, (flags.RECIPE, name, *added), recipe.is_fp8, recipe.control)
 
 
 def plan(
@@ -140,7 +156,8 @@ def plan(
     """Return the members, all recipes of a seed before the next seed, so that pairs come early.
 
     Args:
-        command: a training command with Megatron's flags, as a user types it.
+        command: a training command with Megatron's flags, as a user types it; `{run}` in it is the
+            name of each run's folder, so that a second stage can load what each run of a first one left.
         recipes: entries of `--recipes`; `bf16` is added in front where it is missing.
         seeds: how many: the command's own (or Megatron's 1234), and those after it.
         steps: iterations of each run; None takes the command's `--train-iters`.
@@ -149,8 +166,8 @@ def plan(
             most 100.
 
     Raises:
-        UserError: a recipe is unknown or named twice; the command has no length, or a schedule
-            that does not fit into it.
+        UserError: a recipe is unknown or named twice; the command has no length, a schedule that does
+            not fit into it, or a flag that only some of the runs could take.
     """
     choices = [choose(entry) for entry in recipes]
     if BASELINE not in [choice.label for choice in choices]:
@@ -161,6 +178,11 @@ def plan(
             raise UserError(f"--recipes names {label} twice; drop one")
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: at least 1 (2 for a verdict)")
+    written = arguments.first_written(command, fused_flags.FLAGS)
+    if written is not None:
+        raise UserError(
+            f"{written} is for FP8 runs alone: write infir2:unfused or infir2:stash instead"
+        )
     steps = _steps(command, steps)
     _check_schedule(command, steps)
     first_seed = int(arguments.value(command, "--seed") or MEGATRON_DEFAULT_SEED)
@@ -172,7 +194,8 @@ def plan(
     for seed in range(first_seed, first_seed + seeds):
         for choice in choices:
             folder = output / f"{choice.label.replace(':', '-')}-seed{seed}"
-            argv = [*common, "--train-iters", str(steps), "--seed", str(seed)]
+            argv = [word.replace(RUN, folder.name) for word in common]
+            argv += ["--train-iters", str(steps), "--seed", str(seed)]
             if not arguments.has(command, "--log-interval"):
                 argv += ["--log-interval", "1"]
             if not arguments.has(command, "--log-throughput"):
@@ -217,6 +240,12 @@ def _check_schedule(command: Sequence[str], steps: int) -> None:
     if sum(parts.values()) > steps:
         shown = " + ".join(f"{flag} {value}" for flag, value in parts.items())
         raise UserError(f"{shown} is longer than --steps {steps}: shorten them in the command")
+
+
+def input_folders(command: Sequence[str]) -> list[Path]:
+    """Return the folders that the command reads: packed samples, and the checkpoint it starts from."""
+    written = (arguments.value(command, flag) for flag in (packed_flags.DATA, "--load"))
+    return [Path(word) for word in written if word is not None and Path(word).is_dir()]
 
 
 def data_prefixes(command: Sequence[str]) -> list[Path]:

@@ -11,17 +11,20 @@ from typing import Any, Literal
 
 from megatron_fp8_ext import training_log
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.megatron_plugin import arguments
+from megatron_fp8_ext.megatron_plugin import arguments, packed_flags
+from megatron_fp8_ext.proof.plan import BASELINE, RUN
 from megatron_fp8_ext.training_log import Iteration
 
 MEMBER, STATE, SCORES = "member.json", "state.json", "scores.json"
 
 Status = Literal["finished", "crashed", "interrupted", "not started"]
 _MEMORY = re.compile(r"memory \(MB\).*\| max allocated: ([\d.]+).*\| max reserved: ([\d.]+)")
-_VERSIONS = "megatron_fp8_ext: versions: "
+VERSIONS = "megatron_fp8_ext: versions: "
 _CASTS = re.compile(r"emulated casts on rank 0: (.*)")
-# Where these lead is no difference: the corpus itself is compared.
-_PLACES = {"--data-path", "--train-data-path", "--data-cache-path", "--master-port"}
+# Where these lead is no difference: what lies there is compared by its digest.
+_PLACES = {
+    "--data-path", "--train-data-path", "--data-cache-path", packed_flags.DATA, "--load", "--master-port",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Run:
         seed: of the run.
         steps: planned iterations.
         status: how it ended.
-        why: for all but `finished`, the last words of its log.
+        why: for all but `finished`, the last words of its log; else why `--score` failed, or empty.
         iterations: logged iterations by number; of repeated ones (after a resume) the last.
         losses: LM loss by iteration. The second iteration after a start is left out, because Megatron
             logs the mean of the first two there.
@@ -46,6 +49,7 @@ class Run:
         peak_gpu_mb: largest `max reserved` that the log names; None on a CPU.
         peak_resident_mb: largest resident set of its processes; None where not measured.
         seconds: wall-clock time of the last attempt.
+        sharing: runs that shared its device, itself included; 1 where it was alone.
         scores: what `--score` measured after the run.
         described: member.json, as written.
     """
@@ -66,8 +70,14 @@ class Run:
     peak_gpu_mb: float | None
     peak_resident_mb: float | None
     seconds: float | None
+    sharing: int
     scores: dict[str, float]
     described: dict[str, Any]
+
+    @property
+    def ended_well(self) -> bool:
+        """Whether it finished, and so did its score."""
+        return self.status == "finished" and not self.why
 
     @property
     def sequence_length(self) -> int | None:
@@ -108,7 +118,7 @@ def read_all(folders: Sequence[Path]) -> list[Run]:
                     f"{other.folder} and {run.folder} are both {run.recipe} with seed {run.seed}; "
                     "leave one out"
                 )
-    runs = sorted(found.values(), key=lambda r: (r.recipe != "bf16", r.control, r.recipe, r.seed))
+    runs = sorted(found.values(), key=lambda r: (r.recipe != BASELINE, r.control, r.recipe, r.seed))
     check_comparable(runs)
     return runs
 
@@ -134,7 +144,7 @@ def read(folder: Path) -> Run:
         folder=folder,
         **identity,
         status=status(folder),
-        why=str(state.get("last_words", "")),
+        why=str(state.get("last_words", "killed" if state.get("status") == "running" else "")),
         iterations=iterations,
         losses=losses,
         versions=_versions(lines),
@@ -143,6 +153,7 @@ def read(folder: Path) -> Run:
         peak_gpu_mb=_peak_gpu(lines),
         peak_resident_mb=state.get("peak_resident_mb"),
         seconds=state.get("seconds"),
+        sharing=int(state.get("sharing", 1)),
         scores=json.loads(scores.read_text()) if scores.is_file() else {},
         described=described,
     )
@@ -170,8 +181,8 @@ def _iterations(lines: Iterable[str]) -> tuple[dict[int, Iteration], dict[int, f
 def _versions(lines: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in lines:
-        if line.startswith(_VERSIONS):
-            found = json.loads(line[len(_VERSIONS) :])
+        if line.startswith(VERSIONS):
+            found = json.loads(line[len(VERSIONS) :])
     return found
 
 
@@ -240,7 +251,7 @@ def first_difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:
         names = sorted({*a["data"], *b["data"]})
         name = next(n for n in names if a["data"].get(n) != b["data"].get(n))
         x, y = (side["data"].get(name, {}).get("bytes", "no") for side in (a, b))
-        return f"the corpus '{name}' is not the same data ({x} and {y} bytes)"
+        return f"the data '{name}' is not the same ({x} and {y} bytes)"
     return None
 
 
@@ -255,4 +266,9 @@ def _by_flag(command: Sequence[str]) -> dict[str, list[str]]:
         else:
             groups.setdefault(flag, []).append(word)
     groups[""] = [Path(word).name for word in groups[""]]
-    return {flag: words for flag, words in groups.items() if flag not in _PLACES}
+    # A folder of each run's own (`{run}`) has no common digest: there the path is what is compared.
+    return {
+        flag: words
+        for flag, words in groups.items()
+        if flag not in _PLACES or any(RUN in word for word in words)
+    }

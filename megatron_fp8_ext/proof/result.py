@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.files import write_atomically
+from megatron_fp8_ext.megatron_plugin import arguments, packed_flags
 from megatron_fp8_ext.proof import verdict
 from megatron_fp8_ext.proof.plan import BASELINE
 from megatron_fp8_ext.proof.record import Run
@@ -37,7 +38,7 @@ class RunResult:
         diverged: finished or not, a loss of the window is missing or infinite.
         gap: relative to BF16 of the same seed.
         milliseconds: median of an iteration.
-        tokens_per_second: of the whole run, all GPUs.
+        tokens_per_second: of the whole run, all GPUs; None for packed samples, whose lengths differ.
         mfu: model FLOP utilization against the BF16 peak of the device.
         gemms_per_iteration: quantized GEMMs, by kind, on one rank.
     """
@@ -165,7 +166,8 @@ def _run(run: Run, base: Run | None) -> RunResult:
     milliseconds = statistics.median(times) if times else None
     batch = next((i.global_batch_size for i in reversed(run.iterations.values())), None)
     tokens = None
-    if batch and run.sequence_length and milliseconds:
+    packed = arguments.has(run.described["argv"], packed_flags.DATA)  # its batch counts samples
+    if batch and run.sequence_length and milliseconds and not packed:
         tokens = batch * run.sequence_length / milliseconds * 1000
     return RunResult(
         run=run,
@@ -183,9 +185,13 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
+def peak_teraflops(device: str) -> float | None:
+    """Return the dense BF16 peak of a GPU by its name, in TFLOP/s; None if it is not known."""
+    return next((value for word, value in _PEAK_TERAFLOPS.items() if word in device), None)
+
+
 def _mfu(run: Run) -> float | None:
-    device = run.versions.get("device", "")
-    peak = next((value for word, value in _PEAK_TERAFLOPS.items() if word in device), None)
+    peak = peak_teraflops(run.versions.get("device", ""))
     rates = [i.teraflops for i in run.iterations.values() if i.teraflops]
     if peak is None or not rates:
         return None

@@ -8,6 +8,7 @@ checkpoint where it writes any.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -21,22 +22,23 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from megatron_fp8_ext import training_log
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.files import write_atomically
 from megatron_fp8_ext.megatron_plugin import flags
-from megatron_fp8_ext.proof import plan, record
+from megatron_fp8_ext.proof import child, plan, record
 from megatron_fp8_ext.proof.plan import Member
 from megatron_fp8_ext.recipe import TE_FP32_SCALES
 
 ATTEMPT = "$ "  # a line of the log that begins so is the command of an attempt
 _SAMPLES, _SAMPLE_BYTES = 64, 65536
+_WHOLE_BYTES = _SAMPLES * _SAMPLE_BYTES
 
 
 def execute(
@@ -50,9 +52,11 @@ def execute(
     Args:
         members: from `plan.plan`.
         console: for progress.
-        parallel: how many at once; None for one on each group of GPUs that a member needs.
+        parallel: how many at once; None for one on each group of GPUs that a member needs. More than
+            that share GPUs.
         score: command run after each finished run, with {checkpoints}, {folder}, {recipe} and {seed}
-            filled in; the last line it prints is a JSON object of numbers.
+            filled in; the last line it prints is a JSON object of numbers. Where it fails, the run's
+            last words say so, and the next call scores it again.
 
     Raises:
         UserError: a folder holds another comparison.
@@ -64,23 +68,20 @@ def execute(
     left = [member for member in members if not _done(member, score)]
     if len(left) < len(members):
         console.print(f"{len(members) - len(left)} of {len(members)} runs had finished before")
-    places = _places(members, parallel)
+    found = places(_processes(members[0].common) if members else 1, _visible_gpus(), parallel)
     free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    for place in places:
-        free.put(place)
+    for device in found.devices:
+        free.put(device)
     stop = threading.Event()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[note]}"),
-        TimeRemainingColumn(),
-    )
     with (
         _termination_is_an_interrupt(),
-        Progress(*columns, console=console) as bar,
-        ThreadPoolExecutor(len(places)) as pool,
+        child.progress(console) as bar,
+        ThreadPoolExecutor(len(found.devices)) as pool,
     ):
-        futures = [pool.submit(_run, member, free, stop, bar, score) for member in left]
+        attempt = functools.partial(
+            _run, free=free, stop=stop, bar=bar, score=score, sharing=found.sharing
+        )
+        futures = [pool.submit(attempt, member) for member in left]
         try:
             for future in futures:
                 future.result()
@@ -90,25 +91,41 @@ def execute(
 
 
 def fingerprints(command: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return, for each corpus of the command, its size and a digest.
+    """Return, for all that the command reads, its size and a digest.
 
-    The digest covers the whole index (documents, lengths, order) and 64 evenly spaced pieces of
-    64 KiB of the tokens, so that it costs little on a corpus of terabytes.
+    Corpora (`--data-path`), packed samples (`--sft-data`) and the checkpoint at the start (`--load`). The
+    digest covers small files (a corpus' index: documents, lengths, order) whole, and of large ones 64
+    evenly spaced pieces of 64 KiB, so that it costs little on terabytes.
     """
     found: dict[str, dict[str, Any]] = {}
     for prefix in plan.data_prefixes(command):
+        index, tokens = (prefix.with_name(prefix.name + s) for s in (".idx", ".bin"))
         digest = hashlib.sha256()
-        with prefix.with_name(prefix.name + ".idx").open("rb") as file:
-            for piece in iter(lambda f=file: f.read(1 << 20), b""):  # type: ignore[misc]
-                digest.update(piece)
-        tokens = prefix.with_name(prefix.name + ".bin")
-        size = tokens.stat().st_size
-        with tokens.open("rb") as file:
-            for index in range(_SAMPLES):
-                file.seek(max(size - _SAMPLE_BYTES, 0) * index // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-        found[prefix.name] = {"bytes": size, "sha256": digest.hexdigest()}
+        _digest_whole(index, digest)
+        _digest_pieces(tokens, digest)
+        found[prefix.name] = {"bytes": tokens.stat().st_size, "sha256": digest.hexdigest()}
+    for folder in plan.input_folders(command):
+        digest, size = hashlib.sha256(), 0
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
+            (_digest_pieces if file.stat().st_size > _WHOLE_BYTES else _digest_whole)(file, digest)
+            size += file.stat().st_size
+        found[folder.name] = {"bytes": size, "sha256": digest.hexdigest()}
     return found
+
+
+def _digest_whole(path: Path, digest: Any) -> None:
+    with path.open("rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            digest.update(piece)
+
+
+def _digest_pieces(path: Path, digest: Any) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for index in range(_SAMPLES):
+            file.seek(max(size - _SAMPLE_BYTES, 0) * index // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
 
 
 def _claim(member: Member, data: dict[str, Any]) -> None:
@@ -135,20 +152,44 @@ def _claim(member: Member, data: dict[str, Any]) -> None:
     write_atomically(file, json.dumps(described, indent=1))
 
 
-def _places(members: Sequence[Member], parallel: int | None) -> list[str | None]:
-    """Return one value of CUDA_VISIBLE_DEVICES for each run at a time; [None] leaves it alone."""
-    devices = _visible_gpus()
-    needed = _processes(members[0].common) if members else 1
-    if parallel is None:
-        parallel = max(len(devices) // needed, 1)
-    if parallel > 1 and devices and parallel * needed > len(devices):
+@dataclass(frozen=True)
+class Places:
+    """Where runs go.
+
+    Attributes:
+        devices: a value of CUDA_VISIBLE_DEVICES for each run at a time; None leaves it alone.
+        sharing: how many runs share a device (or the CPU) at most.
+    """
+
+    devices: tuple[str | None, ...]
+    sharing: int
+
+
+def places(needed: int, gpus: Sequence[str], parallel: int | None) -> Places:
+    """Return where the runs go; several of one device each may share it, one after the other else.
+
+    Args:
+        needed: processes of a run.
+        gpus: visible devices.
+        parallel: runs at a time; None for as many as there are groups of devices.
+
+    Raises:
+        UserError: `parallel` is no count, or runs of several processes would share GPUs.
+    """
+    groups = max(len(gpus) // needed, 1)
+    parallel = groups if parallel is None else parallel
+    if parallel < 1:
+        raise UserError(f"--parallel {parallel}: at least 1")
+    sharing = -(-parallel // groups)
+    if sharing > 1 and needed > 1 and gpus:
         raise UserError(
             f"--parallel {parallel} runs of {needed} processes need {parallel * needed} GPUs; "
-            f"{len(devices)} are visible"
+            f"{len(gpus)} are visible (only runs of one process can share one)"
         )
-    if len(devices) < needed or len(devices) <= 1 or parallel == 1:
-        return [None] * parallel
-    return [",".join(devices[i * needed : (i + 1) * needed]) for i in range(parallel)]
+    if len(gpus) < needed or len(gpus) <= 1 or parallel == 1:
+        return Places((None,) * parallel, sharing)
+    own = [",".join(gpus[i * needed : (i + 1) * needed]) for i in range(groups)]
+    return Places(tuple(own[i % groups] for i in range(parallel)), sharing)
 
 
 def _visible_gpus() -> list[str]:
@@ -206,20 +247,28 @@ def _run(
     stop: threading.Event,
     bar: Progress,
     score: str | None,
+    sharing: int,
 ) -> None:
     if stop.is_set():
         return
     place = free.get()
     try:
         if record.status(member.folder) != "finished":
-            _attempt(member, place, stop, bar)
+            _attempt(member, place, stop, bar, sharing)
         if score is not None and record.status(member.folder) == "finished":
-            _score(member, place, score)
+            try:
+                _score(member, place, score, stop)
+            except UserError as error:  # shown with the run; the others go on
+                bar.console.print(f"[red]{member.name}[/]: {error}", soft_wrap=True)
+                state = json.loads((member.folder / record.STATE).read_text())
+                _write_state(member, **{**state, "last_words": str(error)})
     finally:
         free.put(place)
 
 
-def _attempt(member: Member, place: str | None, stop: threading.Event, bar: Progress) -> None:
+def _attempt(
+    member: Member, place: str | None, stop: threading.Event, bar: Progress, sharing: int
+) -> None:
     tracker = member.checkpoints / "latest_checkpointed_iteration.txt"
     argv = _with_free_port(member.resumed() if tracker.is_file() else member.argv)
     log = member.folder / "log.txt"
@@ -246,16 +295,8 @@ def _attempt(member: Member, place: str | None, stop: threading.Event, bar: Prog
             return
         watcher = threading.Thread(target=_end_on, args=(stop, process), daemon=True)
         watcher.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            iteration = training_log.parse_line(line)
-            if iteration is not None:
-                last = iteration.number
-                loss = iteration.loss
-                shown = "skipped" if loss is None else f"loss {loss:.3f}"
-                bar.update(task, completed=last, note=shown)
+        for iteration in child.follow(process, file, bar, task):
+            last = iteration.number
         # wait4 knows the largest resident set among the member's processes.
         _, waited, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(waited)
@@ -265,7 +306,7 @@ def _attempt(member: Member, place: str | None, stop: threading.Event, bar: Prog
     elif stop.is_set():
         status, words = "interrupted", f"stopped by the user after iteration {last}"
     else:
-        status, words = "crashed", _last_words(log) or f"exit code {code}"
+        status, words = "crashed", child.last_words(_last_attempt(log)) or f"exit code {code}"
     _write_state(
         member,
         status=status,
@@ -273,14 +314,15 @@ def _attempt(member: Member, place: str | None, stop: threading.Event, bar: Prog
         last_iteration=last,
         seconds=round(time.monotonic() - start, 1),
         peak_resident_mb=round(usage.ru_maxrss / 1024),
+        sharing=sharing,
         last_words=words,
     )
     if status != "finished":
         bar.update(task, note=f"[red]{status}[/]: {words[:90]}")
 
 
-def _score(member: Member, place: str | None, command: str) -> None:
-    """Run the score command and keep what it measured.
+def _score(member: Member, place: str | None, command: str, stop: threading.Event) -> None:
+    """Run the score command and keep what it measured; nothing where it was stopped.
 
     Raises:
         UserError: it failed, or its last line is no JSON object of numbers.
@@ -295,20 +337,30 @@ def _score(member: Member, place: str | None, command: str) -> None:
     for name, value in places.items():
         words = [word.replace(name, value) for word in words]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, env=_environment(place))
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+            env=_environment(place), start_new_session=True,
+        )  # fmt: skip
     except OSError as error:
         raise UserError(f"--score: {error}") from error
-    (member.folder / "score.txt").write_text(done.stdout + done.stderr)
-    lines = done.stdout.strip().splitlines()
+    threading.Thread(target=_end_on, args=(stop, process), daemon=True).start()
+    printed, complained = process.communicate()
+    (member.folder / "score.txt").write_text(printed + complained)
+    if stop.is_set():
+        return
+    lines = printed.strip().splitlines()
     try:
-        found: Any = json.loads(lines[-1]) if done.returncode == 0 and lines else None
+        found: Any = json.loads(lines[-1]) if process.returncode == 0 and lines else None
         scores = {str(name): float(value) for name, value in found.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--score of {member.name} ended with exit code {done.returncode} and no JSON object of numbers "
-            f"in its last line; its output is {member.folder / 'score.txt'}"
+            f"--score of {member.name} ended with exit code {process.returncode} and no JSON object of "
+            f"numbers in its last line; its output is {member.folder / 'score.txt'}"
         ) from error
     write_atomically(member.folder / record.SCORES, json.dumps(scores))
+    state = json.loads((member.folder / record.STATE).read_text())
+    if state.get("last_words"):  # of an earlier try
+        _write_state(member, **{**state, "last_words": ""})
 
 
 def _write_state(member: Member, **state: Any) -> None:
@@ -357,9 +409,7 @@ def _termination_is_an_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, outer)
 
 
-def _last_words(log: Path) -> str:
-    """The line of the last attempt that most likely says why it ended."""
-    text = log.read_text(errors="replace").rpartition(f"\n{ATTEMPT}")[2]
-    lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
-    errors = [line for line in lines if "Error" in line or "error:" in line]
-    return (errors or lines or [""])[-1]
+def _last_attempt(log: Path) -> str:
+    """What the last attempt printed, without its command."""
+    text = f"\n{log.read_text(errors='replace')}".rpartition(f"\n{ATTEMPT}")[2]
+    return text.partition("\n")[2]

@@ -105,6 +105,17 @@ def spread(result: Result) -> str:
     )
 
 
+def sharing(result: Result) -> str:
+    """Whose times are not their own; empty where every run had its device to itself."""
+    most = max((each.run.sharing for each in result.runs), default=1)
+    if most == 1:
+        return ""
+    return (
+        f"Up to {most} runs shared a device (--parallel): times, tokens/s and MFU are those of a shared one "
+        "and say nothing of a recipe's speed. Losses do not depend on it."
+    )
+
+
 def members(result: Result) -> Table:
     """One row a run, the unfinished ones included."""
     head = (
@@ -154,16 +165,17 @@ def errors(result: Result) -> Table:
 
 def errors_note(result: Result) -> str:
     """How the errors were measured, and what that cost."""
-    costs = [
-        f"{recipe.recipe} {1000 * cost:.0f} ms"
-        for recipe in result.recipes
-        if (cost := tap_cost(recipe)) is not None
-    ]
+    costs = []
+    for recipe in result.recipes:
+        cost, step = tap_cost(recipe), recipe.mean(lambda run: run.milliseconds)
+        if cost is not None and step:
+            costs.append(f"{recipe.recipe} {1000 * cost:.0f} ms ({10 * cost / step:.2%})")
     return (
         "Sampled while training (--fp8-stats-interval). SQNR: signal to quantization noise. Underflow: "
         "share of values other than zero that became zero. Saturation: share clipped. Rows are the "
         "operands of fprop and dgrad, columns those of wgrad. "
-        f"Cost of one sample: {', '.join(costs) or 'not measured'}."
+        "Cost of one sample (share of the training time at --fp8-stats-interval 100): "
+        f"{', '.join(costs) or 'not measured'}."
     )
 
 

@@ -13,6 +13,7 @@ from megatron_fp8_ext.sft.conversation import InvalidRecord
 
 _SMALLEST, _LARGEST, _PIECES = 2**20, 2**26, 256
 _BLOCK = 2**22
+HALF_PAIR = "its text holds half of a surrogate pair, which no encoding has"
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,33 @@ def piece_bytes(total: int) -> int:
     return min(max(total // _PIECES, _SMALLEST), _LARGEST)
 
 
+def check(path: Path) -> None:
+    """Check that a file is one that can be read.
+
+    Raises:
+        UserError: missing, a directory, empty, or of an unknown kind.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; give the files in it")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    if path.suffix not in (".parquet", ".jsonl", ".json", ".ndjson"):
+        raise UserError(f"{path}: only .jsonl and .parquet files are read, not '{path.suffix}'")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty: it needs one JSON object a line, or parquet rows")
+
+
 def pieces(path: Path, piece_bytes: int = _LARGEST) -> Iterator[Piece]:
     """Yield the pieces of a file, which does not depend on how many workers read them.
 
     Raises:
-        UserError: missing, empty, of an unknown kind, or unreadable parquet.
+        UserError: see `check`; or unreadable parquet.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+    check(path)
     size = path.stat().st_size
-    if size == 0:
-        raise UserError(f"{path} is empty: it needs one JSON object a line, or parquet rows")
     if path.suffix == ".parquet":
         yield from _row_groups(path)
         return
-    if path.suffix not in (".jsonl", ".json", ".ndjson"):
-        raise UserError(f"{path}: only .jsonl and .parquet files are read, not '{path.suffix}'")
     start = at = 0
     line = first = 1
     with path.open("rb") as file:

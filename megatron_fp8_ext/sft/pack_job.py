@@ -9,16 +9,17 @@ import itertools
 import json
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import open_atomically, write_atomically
 from megatron_fp8_ext.sft import conversation, inputs, shards
 from megatron_fp8_ext.sft.conversation import InvalidRecord
 from megatron_fp8_ext.sft.inputs import Piece
@@ -30,6 +31,7 @@ TooLong = Literal["drop", "truncate", "fail"]
 Invalid = Literal["fail", "drop"]
 DROPPED = "dropped.jsonl"
 _BATCH = 64
+_KEPT = ("name", "samples", "tokens", "supervised", "sha256")  # of a shard, in the index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +106,16 @@ def pack(
     )
     done = 0
     records = []
+    reasons: Counter[str] = Counter()
     for record, piece in _run(setup, numbered, workers):
-        records.append(record)
+        reasons.update(reason for _, reason in record["dropped"])
+        # Without its lists of lines: they may be as long as the data.
+        records.append({key: record[key] for key in (*_KEPT, "truncated")})
         done += piece.size
         progress(min(done, total), total)
     records.sort(key=lambda record: str(record["name"]))
     kept = sum(record["samples"] for record in records)
-    _write_dropped(folder, records)
+    _write_dropped(folder, [str(record["name"]) for record in records])
     if kept == 0:
         raise UserError(
             f"none of the records can be trained on; {folder / DROPPED} says why of each"
@@ -125,21 +130,17 @@ def pack(
         "seq_length": options.seq_length,
         "dtype": setup.dtype,
         "truncated": sum(record["truncated"] for record in records),
-        "dropped": _sum_reasons(records),
-        "shards": [
-            {k: record[k] for k in ("name", "samples", "tokens", "supervised", "sha256")}
-            for record in records
-        ],
+        "dropped": dict(sorted(reasons.items())),
+        "shards": [{key: record[key] for key in _KEPT} for record in records],
     }
-    shards.write_file(folder / shards.INDEX, json.dumps(index, indent=1).encode())
+    write_atomically(folder / shards.INDEX, json.dumps(index, indent=1))
     return index
 
 
 def _job(paths: list[Path], chat: ChatTemplate, options: Options) -> str:
     files = []
     for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist")
+        inputs.check(path)
         stat = path.stat()
         files.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     parts = [shards.FORMAT, chat.fingerprint(), asdict(options), files]
@@ -154,16 +155,18 @@ def _claim(folder: Path, job: str) -> None:
             found = json.loads(file.read_text())["job"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged; delete {folder} and pack again") from error
-        if found != job:
+        if found != job and any(folder.glob("shard-*.json")):
             raise UserError(
                 f"{folder} holds other inputs, another tokenizer, template or options; give another "
                 "--output, or delete it"
             )
+        if found != job:  # it came to nothing, such as for a line that is mended now
+            write_atomically(file, json.dumps({"job": job}))
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder} is not empty; give a new directory")
     folder.mkdir(parents=True, exist_ok=True)
-    shards.write_file(file, json.dumps({"job": job}).encode())
+    write_atomically(file, json.dumps({"job": job}))
 
 
 def _run(
@@ -294,23 +297,13 @@ def _write(setup: _Setup, chat: ChatTemplate, name: str, piece: Piece) -> dict[s
     return json.loads(json.dumps(record))  # as a later run reads it
 
 
-def _write_dropped(folder: Path, records: list[dict[str, Any]]) -> None:
-    """One line for each dropped or truncated record: file, line, reason."""
-    rows = []
-    for record in records:
-        rows += [(record["file"], line, reason) for line, reason in record["dropped"]]
-        rows += [(record["file"], line, "truncated") for line in record["truncated_lines"]]
-    text = "".join(
-        json.dumps({"file": file, "line": line, "reason": reason}) + "\n"
-        for file, line, reason in sorted(rows)
-    )
-    shards.write_file(folder / DROPPED, text.encode())
-
-
-def _sum_reasons(records: list[dict[str, Any]]) -> dict[str, int]:
-    reasons, counts = np.unique(
-        [reason for record in records for _, reason in record["dropped"]] or [""],
-        return_counts=True,
-    )
-    pairs = zip(reasons.tolist(), counts.tolist(), strict=True)
-    return {reason: count for reason, count in pairs if reason}
+def _write_dropped(folder: Path, names: list[str]) -> None:
+    """One line for each dropped or truncated record: file, line, reason; shards are in order of both."""
+    with open_atomically(folder / DROPPED) as file:
+        for name in names:
+            record = json.loads((folder / f"{name}.json").read_text())
+            rows = [(line, reason) for line, reason in record["dropped"]]
+            rows += [(line, "truncated") for line in record["truncated_lines"]]
+            for line, reason in sorted(rows):
+                row = {"file": record["file"], "line": line, "reason": reason}
+                file.write(f"{json.dumps(row)}\n".encode())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.files import write_atomically
 
 INDEX = "index.json"
 JOB = "job.json"
@@ -40,19 +40,6 @@ class Sample:
     mask: npt.NDArray[np.bool_]
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, sync it, and rename it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_shard(
     folder: Path, name: str, samples: list[Sample], dtype: str, facts: dict[str, Any]
 ) -> dict[str, Any]:
@@ -65,9 +52,9 @@ def write_shard(
     digest = hashlib.sha256(tokens)
     for data in (packed, cuts.tobytes()):
         digest.update(data)
-    write_file(folder / f"{name}.tokens", tokens)
-    write_file(folder / f"{name}.mask", packed)
-    write_file(folder / f"{name}.cuts", cuts.tobytes())
+    write_atomically(folder / f"{name}.tokens", tokens)
+    write_atomically(folder / f"{name}.mask", packed)
+    write_atomically(folder / f"{name}.cuts", cuts.tobytes())
     record = {
         "name": name,
         "samples": len(samples),
@@ -76,7 +63,7 @@ def write_shard(
         "sha256": digest.hexdigest(),
         **facts,
     }
-    write_file(folder / f"{name}.json", json.dumps(record).encode())
+    write_atomically(folder / f"{name}.json", json.dumps(record))
     return record
 
 

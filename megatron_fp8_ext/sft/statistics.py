@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_fp8_ext.files import write_atomically
 from megatron_fp8_ext.packing.balance import schedule
 from megatron_fp8_ext.packing.bins import Integers, best_fit_decreasing
 from megatron_fp8_ext.packing.order import EpochOrder
-from megatron_fp8_ext.sft.shards import SampleShards, fingerprint, write_file
+from megatron_fp8_ext.sft.shards import SampleShards, fingerprint
 
 STATISTICS = "statistics.json"
 PICTURE = "lengths.svg"
@@ -116,7 +117,7 @@ def _histogram(lengths: Integers) -> list[tuple[int, int, int]]:
 
 def save(folder: Path, statistics: Statistics, lengths: Integers) -> bool:
     """Write `statistics.json`, and `lengths.svg` where matplotlib is there; whether it was."""
-    write_file(folder / STATISTICS, json.dumps(asdict(statistics), indent=1).encode())
+    write_atomically(folder / STATISTICS, json.dumps(asdict(statistics), indent=1))
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -131,5 +132,5 @@ def save(folder: Path, statistics: Statistics, lengths: Integers) -> bool:
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    write_file(folder / PICTURE, buffer.getvalue())
+    write_atomically(folder / PICTURE, buffer.getvalue())
     return True

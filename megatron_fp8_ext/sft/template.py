@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, processors
 from megatron_fp8_ext import tokenizer as tokenizers
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.sft.conversation import Conversation, InvalidRecord
+from megatron_fp8_ext.sft.inputs import HALF_PAIR
 from megatron_fp8_ext.sft.shards import Sample
 
 Span = tuple[int, int]
@@ -115,9 +116,13 @@ class ChatTemplate:
         rendered: list[tuple[str, list[Span]] | InvalidRecord] = []
         for conversation in conversations:
             try:
-                rendered.append(self.render(conversation))
+                text, spans = self.render(conversation)
+                text.encode()
+                rendered.append((text, spans))
             except InvalidRecord as error:
                 rendered.append(error)
+            except UnicodeEncodeError as error:  # JSON may hold one: "\\ud800"
+                rendered.append(InvalidRecord(f"{HALF_PAIR} ({error.object[error.start]!a})"))
         texts = [each[0] for each in rendered if not isinstance(each, InvalidRecord)]
         encodings = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
         return [

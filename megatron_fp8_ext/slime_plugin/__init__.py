@@ -10,7 +10,8 @@ slime loads `package.module.function` in its Ray workers, so every name below is
 
 Files: transport (the recipe through the environment), checkout (find slime), leftovers (flags nobody read),
 launch (entrypoints/train_slime.py), preflight (checks before anything starts), actor (init, in each train
-actor), reduction and sft (gradient scale, loss, samples), weights (the FP8 push), mismatch (train against
+actor), reduction and sft (gradient scale, loss, samples), weights (the FP8 push), local_layers (their
+names), mismatch (train against
 rollout), sampling (filter, length penalty), stages (the reference's RL settings), examine (doctor --slime).
 """
 

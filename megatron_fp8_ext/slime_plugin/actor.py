@@ -33,11 +33,13 @@ def init(args: Any) -> None:
         _hold_to(recipe, args)
         state.recipe = recipe
         state.emulated = recipe.is_fp8 and os.environ.get(flags.EMULATE_VARIABLE) == "1"
-    from megatron_fp8_ext.slime_plugin import mismatch, reduction, weights
+    from megatron_fp8_ext.slime_plugin import local_layers, mismatch, reduction, weights
 
     seams = [*reduction.install(), *mismatch.install(args)]
     if recipe is not None and recipe.is_fp8:
         seams += weights.install(recipe.scale_format)
+    if getattr(args, "transformer_impl", None) == "local":
+        seams += local_layers.install()
     what = recipe.short_str() if recipe is not None else "no FP8"
     how = (
         "EMULATED"

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.megatron_plugin import arguments, flags, import_hook, run
 from megatron_fp8_ext.recipe import FP8Recipe, get_recipe
-from megatron_fp8_ext.slime_plugin import checkout, leftovers, preflight, sft, transport
+from megatron_fp8_ext.slime_plugin import checkout, failures, leftovers, preflight, sft, transport
 
 INIT = "megatron_fp8_ext.slime_plugin.init"
 
@@ -63,9 +63,10 @@ def _run(script: str, words: list[str], repository: Path | None) -> None:
     module = _load(slime.root / script)
     _start_ray(args, environment, slime.root)
     try:
-        module.train(args)
+        with failures.watched(args):
+            module.train(args)
     except Exception as error:
-        cause = _user_error(error)
+        cause = failures.explain(error, args)
         if cause is None:
             raise
         raise cause from error
@@ -118,6 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--length-penalty-buffer", type=int, default=1024)
     group.add_argument("--length-penalty-factor", type=float, default=1.0)
     group.add_argument("--max-train-rollout-diff", type=float, default=None)
+    group.add_argument("--rollout-patience", type=float, default=300.0)
     group.add_argument(preflight.ALLOW_MIXED, action="store_true")
     if "--trust-remote-code" not in parser._option_string_actions:
         group.add_argument("--trust-remote-code", action="store_true")
@@ -150,17 +152,10 @@ def _start_ray(args: Any, environment: dict[str, Any], root: Path) -> None:
     gpus = None
     if flags.EMULATE in sys.argv and not os.environ.get("RAY_ADDRESS"):
         gpus = args.actor_num_nodes * args.actor_num_gpus_per_node + (args.rollout_num_gpus or 0)
-    ray.init(
-        runtime_env={"env_vars": variables},
-        **({} if gpus is None else {"num_gpus": gpus, "include_dashboard": False}),
-    )
-
-
-def _user_error(error: BaseException) -> UserError | None:
-    """Return the UserError that a Ray actor raised, if that is what stopped the run."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, UserError):
-            return UserError(str(getattr(seen, "cause", None) or seen).strip().splitlines()[-1])
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return None
+    local: dict[str, Any] = {}
+    if gpus is not None:
+        # slime's actors, its rollout manager, lock and engines each ask for a CPU: on a small machine
+        # they would wait for each other for ever.
+        cpus = max(os.cpu_count() or 1, gpus + 4)
+        local = {"num_gpus": gpus, "num_cpus": cpus, "include_dashboard": False}
+    ray.init(runtime_env={"env_vars": variables}, **local)

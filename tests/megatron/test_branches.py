@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import NATIVE_SCHEDULE, ROOT
 
 from megatron_fp8_ext.checkpoint import sample_plan
 from megatron_fp8_ext.schedule import WSD
@@ -30,10 +30,6 @@ SCHEDULE = (
     f"--lr-schedule wsd --wsd-warmup-iters {WARMUP} --wsd-stable-iters {STABLE} "
     f"--wsd-decay-iters {DECAY}"
 ).split()
-NATIVE = (
-    "--train-iters --lr --min-lr --lr-decay-style --lr-wsd-decay-style --lr-wsd-decay-iters "
-    "--lr-warmup-iters"
-).split()
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +44,7 @@ def go(train, small_corpora):
         ]
         outcome = train(
             *SMALL, "--data-path", *paths, "--data-cache-path", str(small_corpora / "cache"), *flags,
-            script=OBSERVED, SAMPLES_LOG=str(log), without=tuple(NATIVE), **options,
+            script=OBSERVED, SAMPLES_LOG=str(log), without=NATIVE_SCHEDULE, **options,
         )  # fmt: skip
         rows = []
         for file in sorted(small_corpora.glob(f"{log.name}.*")):
@@ -138,13 +134,55 @@ def test_data_that_ends_too_early_stops_a_branch_of_a_stock_run(go, stable, tmp_
     assert "ends at 150: decay over at most 13 iterations" in outcome.said[-1]
 
 
+# Checkpoints that the stable run of the other tests has not: iteration -> what else is said when saving.
+OTHERS = {1: [], 3: ["--no-save-optim"]}
+
+
+@pytest.mark.parametrize(
+    ("at", "text", "words"),
+    [
+        (1, "--wsd-decay-iters 3", "is inside the warmup, which ends at iteration 2: give a later"),
+        (3, "--wsd-decay-iters 3", "holds no optimizer state (it was saved with --no-save-optim"),
+        (14, "--wsd-decay-iters 3", "half-written: it has no metadata.json, which is written last"),
+        (19, "--wsd-decay-iters 3", "half-written: it is not there; complete here: iterations"),
+        (20, "--wsd-decay-iters 18", "ends at 150: decay over at most 17 iterations"),
+        (
+            20,
+            "--wsd-decay-iters 3 --train-iters 31",
+            "--train-iters 31 contradicts --wsd-decay-from",
+        ),
+        (26, "--wsd-decay-iters 3", "is inside the decay, which began at iteration 24: give that"),
+    ],
+)
+def test_what_cannot_be_branched_is_one_line(go, stable, tmp_path, at, text, words):
+    """Said by the training command itself, before it reads data or writes anything."""
+    root = stable[0]
+    if at in OTHERS:
+        root = tmp_path / "stable"
+        end = ["--save-interval", str(at), "--exit-interval", str(at)]
+        go(DIST, *SCHEDULE, "--lr", "1e-3", "--save", str(root), *end, *OTHERS[at])
+    elif at == 14:
+        root = tmp_path / "stable"
+        shutil.copytree(stable[0], root)
+        (root / "iter_0000014" / "metadata.json").unlink()
+    outcome, rows = go(
+        DIST, "--wsd-decay-from", str(root / f"iter_{at:07d}"), *text.split(), "--save",
+        str(tmp_path / "branch"), ok=False,
+    )  # fmt: skip
+    assert outcome.code == 2 and not outcome.iterations and not rows
+    (line,) = (x for x in outcome.said if "error" in x)
+    assert words in line and "Traceback" not in outcome.output
+    assert not (tmp_path / "branch").exists()
+
+
 @pytest.mark.parametrize(
     ("start", "length", "flags", "rates"),
     [
         (2, 4, "--min-lr 4e-4", (1e-3, 4e-4)),
         (14, 5, "--lr 7e-4 --min-lr 2e-5 --wsd-decay-style linear", (7e-4, 2e-5)),
+        (8, 3, "--lr 2e-3 --fp8-recipe infir2", (2e-3, 1e-5)),
     ],
-    ids=["end of the warmup, other min-lr", "middle, named jump"],
+    ids=["end of the warmup, other min-lr", "middle, named jump", "jump up, and on in infir2"],
 )
 def test_changed_rates_reach_every_parameter(go, stable, tmp_path, start, length, flags, rates):
     folder, _, samples = stable
@@ -184,35 +222,46 @@ def test_a_blend_of_two_goes_on_in_its_order(go, tmp_path):
     assert flat(rows) == samples[84:]
 
 
-def test_more_data_parallel_ranks_and_infir2(go, tmp_path):
-    """Saved on one rank in the fully reshardable layout, decayed on two: the same batches, the same rates."""
-    infir2 = ["--fp8-recipe", "infir2", DIST, RESHARDABLE]
-    whole, rows = go(
-        *infir2,
-        *SCHEDULE,
-        "--lr",
-        "1e-3",
-        "--save",
-        str(tmp_path / "stable"),
-        "--save-interval",
-        "24",
-    )
-    samples = flat(rows)[24 * BATCH :]
-    outcome, rows = go(
-        *infir2, "--wsd-decay-from", str(tmp_path / "stable" / "iter_0000024"), "--wsd-decay-iters", "7",
-        "--save", str(tmp_path / "branch"), processes=2,
-    )  # fmt: skip
-    assert len(rows) == 2 and outcome.casts["weight"] > 0
-    taken = [
-        [flat([rank]) for rank in rows][r][n * 2 : n * 2 + 2] for n in range(7) for r in (0, 1)
+def batches(rows, count):
+    """The samples of each iteration, as a set: every rank takes its share."""
+    each = BATCH // len(rows)
+    ranks = [flat([rank]) for rank in rows]
+    return [
+        {sample for rank in ranks for sample in rank[n * each : (n + 1) * each]}
+        for n in range(count)
     ]
-    assert [set(taken[2 * n] + taken[2 * n + 1]) for n in range(7)] == [
-        set(samples[n * BATCH : (n + 1) * BATCH]) for n in range(7)
-    ]
-    for ours, theirs in zip(outcome.iterations, whole.iterations[24:], strict=True):
+
+
+@pytest.mark.parametrize(
+    ("recipe", "start", "ranks"),
+    [("infir2", 24, (1, 2)), ("bf16", 9, (2, 1))],
+    ids=["infir2, one rank to two", "bf16, two ranks to one"],
+)
+def test_another_number_of_data_parallel_ranks(go, tmp_path, recipe, start, ranks):
+    """Saved in the fully reshardable layout: the same batches and rates, losses up to rounding."""
+    flags = ["--fp8-recipe", recipe, DIST, RESHARDABLE]
+    save = ["--save", str(tmp_path / "stable"), "--save-interval", str(start)]
+    whole, rows = go(*flags, *SCHEDULE, "--lr", "1e-3", *save, processes=ranks[0])
+    wanted = batches(rows, WARMUP + STABLE + DECAY)[start : start + DECAY]
+
+    def branch(name, processes):
+        return go(
+            *flags, "--wsd-decay-from", str(tmp_path / "stable" / f"iter_{start:07d}"),
+            "--wsd-decay-iters", str(DECAY), "--save", str(tmp_path / name), processes=processes,
+        )  # fmt: skip
+
+    same, rows = branch("same", ranks[0])
+    assert batches(rows, DECAY) == wanted
+    if start == WARMUP + STABLE:  # it is the run itself
+        for ours, theirs in zip(same.iterations, whole.iterations[start:], strict=True):
+            assert (ours.learning_rate, ours.grad_norm) == (theirs.learning_rate, theirs.grad_norm)
+    other, rows = branch("other", ranks[1])
+    assert len(rows) == ranks[1] and batches(rows, DECAY) == wanted
+    assert bool(other.casts) == (recipe == "infir2")
+    assert [i.number for i in other.iterations] == list(range(start + 1, start + DECAY + 1))
+    for ours, theirs in zip(other.iterations, same.iterations, strict=True):
         assert ours.learning_rate == theirs.learning_rate
-        if ours.number != 26:
-            assert ours.loss == pytest.approx(theirs.loss, rel=2e-3)
+        assert ours.loss == pytest.approx(theirs.loss, rel=2e-3)
 
 
 def test_older_megatrons(wheel, go, tmp_path):

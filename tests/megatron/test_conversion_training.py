@@ -29,6 +29,7 @@ from megatron_fp8_ext.checkpoint import (  # noqa: E402
     fp8,
     gguf,
     huggingface,
+    layout,
     logits,
     megatron,
 )
@@ -47,6 +48,15 @@ def qwen(tmp_path_factory):
     """(Hugging Face folder, Megatron checkpoint, its flags, 2048 tokens)."""
     where = tmp_path_factory.mktemp("qwen")
     source = hf_models.make(where / "hf", hf_models.ALIGNED)
+    generator = torch.Generator().manual_seed(1)
+    return prepare(where, source, torch.randint(0, 512, (2048,), generator=generator))
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    """The same with normalized queries and keys instead of biases."""
+    where = tmp_path_factory.mktemp("qwen3")
+    source = hf_models.make(where / "hf", hf_models.QWEN3)
     generator = torch.Generator().manual_seed(1)
     return prepare(where, source, torch.randint(0, 512, (2048,), generator=generator))
 
@@ -132,18 +142,30 @@ def test_first_loss_is_the_hugging_face_models(name, tp, request):
     assert gap != 0 and infir2.casts["weight"] > 0 and not bf16.casts
 
 
+def test_qwen3_starts_at_its_own_loss(qwen3):
+    """Its q_norm and k_norm are where Megatron's --qk-layernorm computes with them."""
+    want = reference_loss(qwen3)
+    assert train(qwen3, "bf16").losses[1] == pytest.approx(want, rel=2e-3)
+    source, _, _, tokens = qwen3
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_norm.weight.fill_(1)
+    assert abs(emulated_reference.loss(model, tokens) - want) > 1e-4, "the norms do matter"
+
+
 RECORD = """
 import sys, torch
 from megatron_fp8_ext.fp8 import reference
 from megatron_fp8_ext.megatron_plugin.pretrain_gpt import main
-seen, cast = [], reference.quantize_weight
-def record(weight, scale_format):
-    found = cast(weight, scale_format)
-    if len(seen) < 8:
+seen, cast = [], reference.quantize
+def record(matrix, block, scale_format):
+    found = cast(matrix, block, scale_format)
+    if block == (128, 128) and len(seen) < 8:
         seen.append((found.codes.view(torch.uint8), found.scale_inv))
         torch.save(seen, {path!r})
     return found
-reference.quantize_weight = record
+reference.quantize = record
 main()
 """
 
@@ -203,6 +225,18 @@ def test_what_two_pipeline_stages_save_is_what_they_loaded(qwen, tmp_path):
             tmp_path / "save", tmp_path / f"hf {main}", qwen[0], use_main_params=main
         )
         assert compare.compare(qwen[0], tmp_path / f"hf {main}").passes(bitwise=True)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_main_parameters_are_found_in_the_optimizers_buffers(qwen, tmp_path, tp, pp):
+    """The default layout from Megatron 0.17 on names no parameter; each is found and held to its weight."""
+    train(qwen, "infir2", "--train-iters", "2", "--save", str(tmp_path / "save"), tp=tp, pp=pp)
+    assert layout.find(str(tmp_path / "save")).optimizer == "whole buffers"
+    report = megatron.megatron_to_hf(tmp_path / "save", tmp_path / "main", qwen[0])
+    assert "out of the optimizer's buffers" in report.notes[0]
+    megatron.megatron_to_hf(tmp_path / "save", tmp_path / "weights", qwen[0], use_main_params=False)
+    assert compare.compare(tmp_path / "main", tmp_path / "weights").passes(bitwise=True)
+    assert not compare.compare(qwen[0], tmp_path / "main").passes(bitwise=True), "it was trained"
 
 
 def test_model_weights_and_main_parameters_agree_where_nothing_was_gathered_in_fp8(
@@ -295,5 +329,5 @@ def test_gguf_weights_are_dequantized_by_the_formats_own_rule(smollm):
 
 
 def test_reference_quantizer_is_the_one_training_uses():
-    """`hf_to_fp8`'s default cast is training's function itself, not a copy."""
-    assert fp8.hf_to_fp8.__kwdefaults__["cast"] is reference.quantize_weight
+    """On a CPU `hf_to_fp8` casts with training's function itself, not a copy."""
+    assert fp8.choose_cast(torch.device("cpu")) == (reference.quantize_weight, "torch")

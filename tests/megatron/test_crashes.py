@@ -1,7 +1,8 @@
 """kill -9 in and between checkpoint writes, the same command again: every digit of an uninterrupted run.
 
-The process is killed by itself at the moment asked for (observed.py); MEGATRON_FP8_TEST_SEED chooses other
-random moments.
+The process is killed by itself at the moment asked for (observed.py), or from outside at a random one
+(kills.py). MEGATRON_FP8_TEST_SEED chooses other random moments, MEGATRON_FP8_TEST_KILLS how many (-s shows
+them).
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ import os
 import random
 from pathlib import Path
 
+import kills
 import pytest
+import torch
+from conftest import NATIVE_SCHEDULE
 
 from megatron_fp8_ext.checkpoint import complete
+from megatron_fp8_ext.checkpoint.torch_dist import TorchDist
 
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 OBSERVED = Path(__file__).with_name("observed.py")
@@ -22,17 +27,14 @@ COMMAND = (
     "--use-distributed-optimizer --fp8-recipe infir2 --hidden-dropout 0.1 --lr-schedule wsd "
     "--wsd-warmup-iters 2 --wsd-stable-iters 8 --wsd-decay-iters 6 --lr 1e-3 --min-lr 1e-5"
 ).split()
-NATIVE = (
-    "--train-iters --lr --min-lr --lr-decay-style --lr-wsd-decay-style --lr-wsd-decay-iters "
-    "--lr-warmup-iters --save-interval"
-).split()
+NATIVE = (*NATIVE_SCHEDULE, "--save-interval")
 # One save writes: data, index (and its rename), plan (and its rename), metadata.json, tracker.
 WRITES = 7
 
 
 def test_the_same_command_again_after_every_kind_of_kill(train, tmp_path):
     rng = random.Random(int(os.environ.get("MEGATRON_FP8_TEST_SEED", "1")))
-    whole = train(*COMMAND, without=tuple(NATIVE))
+    whole = train(*COMMAND, without=NATIVE)
     anywhere = f"{rng.randint(1, WRITES)}:{rng.choice(('before', 'torn', 'after'))}"
     kills = [
         # what is left behind; how; what the next start continues from, and says
@@ -48,9 +50,7 @@ def test_the_same_command_again_after_every_kind_of_kill(train, tmp_path):
     seen = {}
     begins, expected = 1, None
     for what, environment, continues, says in kills:
-        outcome = train(
-            *COMMAND, *save, script=OBSERVED, without=tuple(NATIVE), ok=False, **environment
-        )
+        outcome = train(*COMMAND, *save, script=OBSERVED, without=NATIVE, ok=False, **environment)
         assert outcome.code == (-9 if environment else 0), (what, outcome.output[-3000:])
         if expected is not None:
             assert any(expected in line for line in outcome.said), what
@@ -75,14 +75,64 @@ def test_the_same_command_again_after_every_kind_of_kill(train, tmp_path):
                 assert iteration.loss == theirs.loss
 
 
+def same_checkpoint(ours: Path, theirs: Path) -> None:
+    """Weights, moments and all other tensors, bit for bit."""
+    one, other = TorchDist(ours), TorchDist(theirs)
+    assert set(one.tensors) == set(other.tensors) and len(one.tensors) > 20
+    assert any(name.startswith("optimizer.state.exp_avg_sq") for name in one.tensors)
+    for name in one.tensors:
+        assert torch.equal(one.read(name), other.read(name)), name
+
+
+@pytest.mark.parametrize("what", ["run", "branch"])
+def test_random_kills_from_outside(train, tmp_path, what):
+    """Whole process group, at any time; losses, norms, rates and the last checkpoint are the same."""
+    saving = ["--save-interval", str(EVERY), "--dist-ckpt-optim-fully-reshardable"]
+    stable, first, last = tmp_path / "stable", 1, ITERATIONS
+
+    def whole_run(save, **options):
+        flags = [*COMMAND, *saving, "--save", str(save), "--load", str(save)]
+        return train(*flags, without=NATIVE, ok=False, **options)
+
+    def branch(save, **options):
+        at = COMMAND.index("--lr-schedule")
+        flags = [*COMMAND[:at], *saving, "--wsd-decay-from", str(stable / "iter_0000006")]
+        flags += ["--wsd-decay-iters", "8", "--min-lr", "1e-4", "--save", str(save)]
+        return train(*flags, without=NATIVE, ok=False, **options)
+
+    command = whole_run
+    if what == "branch":
+        assert whole_run(stable).code == 0
+        command, first, last = branch, 7, 14
+    watch = kills.Watch(tmp_path / "whole")
+    whole = command(tmp_path / "whole", kill=watch)
+    assert [i.number for i in whole.iterations] == list(range(first, last + 1)), whole.output[
+        -3000:
+    ]
+    seed = int(os.environ.get("MEGATRON_FP8_TEST_SEED", "1"))
+    times = int(os.environ.get("MEGATRON_FP8_TEST_KILLS", "4"))
+    save = tmp_path / "killed"
+    outcomes = kills.soak(
+        lambda kill: command(save, kill=kill), save, kills.Rhythm.of(watch), seed, times
+    )
+    assert sum(outcome.code == -9 for outcome in outcomes) == times
+    found = kills.differences(outcomes, whole.iterations)
+    assert set(found) == set(range(first, last + 1)) and set(found.values()) == {0.0}
+    norms = {i.number: i.grad_norm for i in whole.iterations}
+    for outcome in outcomes:
+        assert all(i.grad_norm == norms[i.number] for i in outcome.iterations)
+    name = f"iter_{last:07d}"
+    same_checkpoint(save / name, tmp_path / "whole" / name)
+
+
 @pytest.mark.parametrize("named", ["tracker", "none"])
 def test_what_is_said_of_a_broken_checkpoint(train, tmp_path, named):
     flags = [*COMMAND, "--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2"]
-    train(*flags, "--exit-interval", "4", without=tuple(NATIVE))
+    train(*flags, "--exit-interval", "4", without=NATIVE)
     (tmp_path / "iter_0000004" / "metadata.json").unlink()
     if named == "none":
         (tmp_path / "iter_0000002" / "__0_0.distcp").unlink()
-    outcome = train(*flags, "--exit-interval", "3", without=tuple(NATIVE), ok=False)
+    outcome = train(*flags, "--exit-interval", "3", without=NATIVE, ok=False)
     if named == "tracker":
         assert outcome.code == 0 and [i.number for i in outcome.iterations] == [3]
         assert any(

@@ -3,78 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TRAINING, run
+from conftest import ROOT, SFT, run
 
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
-SFT = (
-    "--seq-length 256 --max-position-embeddings 512 --micro-batch-size 1 --global-batch-size 8 "
-    "--train-iters 6 --lr-decay-style constant"
-).split()
-
-
-def without_defaults(flags: list[str]) -> list[str]:
-    """TRAINING of conftest without BF16 (exact comparisons) and without a WSD schedule."""
-    kept, skip = [], 0
-    takes = ("--lr-decay-style", "--lr-wsd-decay-style", "--lr-wsd-decay-iters", "--lr-warmup-iters",
-             "--micro-batch-size", "--global-batch-size", "--train-iters", "--split", "--eval-iters",
-             "--eval-interval")  # fmt: skip
-    for token in flags:
-        if skip:
-            skip -= 1
-        elif token in takes:
-            skip = 1
-        elif token != "--bf16":
-            kept.append(token)
-    return kept
-
-
-@pytest.fixture(scope="session")
-def packed(tmp_path_factory):
-    """40 short reasoning samples in a byte tokenizer's tokens."""
-    sys.path.insert(0, str(ROOT / "tests" / "unit"))
-    from chat import write_tokenizer
-
-    from megatron_fp8_ext.sft import pack_job, template
-
-    folder = tmp_path_factory.mktemp("sft")
-    chat = template.load(write_tokenizer(folder / "tokenizer"))
-    draw = random.Random(0)
-    with (folder / "a.jsonl").open("w") as file:
-        for _ in range(40):
-            a, n = draw.randrange(90), draw.choice([1, 2, 5, 9, 30])
-            steps = " ".join(str(a + k) for k in range(n))
-            answer = f"<think>\n{steps}\n</think>\n{a + n}"
-            file.write(json.dumps({"prompt": f"{a}+{n}?", "response": answer}) + "\n")
-    pack_job.pack([folder / "a.jsonl"], chat, folder / "out", pack_job.Options(seq_length=256))
-    return folder / "out"
-
-
-@pytest.fixture(scope="session")
-def sft(packed, train):
-    """Start a run; `train` minus its corpus."""
-    from conftest import ENTRY, MODEL, free_port
-
-    def start(*flags, processes=1, ok=True, data=None, base=SFT):
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-                         "--master-port", str(free_port())]  # fmt: skip
-        assert MODEL[-4:] == ["--seq-length", "128", "--max-position-embeddings", "128"]
-        model = MODEL[:-4]
-        own = ["--sft-data", str(data or packed)]
-        outcome = run(
-            [*launcher, str(ENTRY), *model, *without_defaults(TRAINING), *base, *own, *flags]
-        )
-        if ok:
-            assert outcome.code == 0, outcome.output[-6000:]
-        return outcome
-
-    return start
 
 
 @pytest.fixture(scope="session")

@@ -65,3 +65,50 @@ def test_a_rollout_of_other_weights_stops_the_train_actor(tree):
     assert "STOPPED rollout 1: train and rollout log-probabilities differ" in done.stdout, (
         done.stderr[-3000:]
     )
+
+
+IN_STEP = r"""
+from argparse import Namespace
+import tempfile, torch, torch.distributed as dist
+from megatron.core import mpu
+from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.slime_plugin import mismatch
+dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
+mpu.initialize_model_parallel()
+import slime.backends.megatron_utils.actor as actor, slime.backends.megatron_utils.loss as loss
+import slime.backends.megatron_utils.model as model
+place = actor.train_metric_utils
+place.log_rollout_data = lambda rollout_id, args, rollout_data: None
+steps = []
+model.finalize_model_grads = lambda *a, **k: steps.append(a)
+args = Namespace(max_train_rollout_diff=None, use_wandb=False, use_tensorboard=False, wandb_always_use_train_step=False)
+print(mismatch.install(args))
+here = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])]
+def batch(shift):
+    return {"rollout_log_probs": [x + shift for x in here], "loss_masks": [torch.ones(2), torch.ones(1)],
+            "total_lengths": [4, 3], "response_lengths": [2, 1]}
+for rollout_id, shift in ((0, 0.0), (1, 0.5)):
+    # What slime does where it reuses the step's own log-probabilities: none before the step.
+    place.log_rollout_data(rollout_id, args, batch(shift))
+    for _ in range(2):
+        loss._maybe_capture_log_probs(batch(shift), here)
+    try:
+        model.finalize_model_grads([], None)
+        print("STEP", rollout_id)
+    except UserError as error:
+        print("STOPPED", error)
+assert len(steps) == 1, steps
+"""
+
+
+@pytest.mark.parametrize("tree", trees.params())
+def test_the_difference_is_judged_before_the_optimizer_where_slime_reuses_log_probs(tree):
+    if (
+        "can_reuse_log_probs_in_loss"
+        not in (tree / "slime" / "backends" / "megatron_utils" / "actor.py").read_text()
+    ):
+        pytest.skip("this slime computes log-probabilities before the step")
+    done = trees.python(tree, IN_STEP)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "STEP 0" in done.stdout
+    assert "STOPPED rollout 1: train and rollout log-probabilities differ by 0.5" in done.stdout

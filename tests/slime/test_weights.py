@@ -210,3 +210,53 @@ def test_unsafe_loading_remote_code_and_open_hosts_are_refused(tmp_path):
         preflight.refuse_remote_code(tmp_path)
     with pytest.raises(UserError, match=r"0\.0\.0\.0"):
         preflight.refuse_open_hosts(Namespace(sglang_router_ip="0.0.0.0"))
+
+
+LOCAL = r"""
+import torch
+from argparse import Namespace
+from megatron_fp8_ext.slime_plugin import local_layers
+import slime.backends.megatron_utils.megatron_to_hf as hf
+print(local_layers.install())
+args = Namespace(hidden_size=128, num_attention_heads=1, num_query_groups=1, kv_channels=128, q_lora_rank=None, vocab_size=128)
+def push(name):
+    return [n for n, _ in hf.convert_to_hf(args, "qwen2config", "module.module.decoder.layers.3." + name, torch.ones(128))]
+assert push("input_layernorm.weight") == ["model.layers.3.input_layernorm.weight"]
+assert push("pre_mlp_layernorm.weight") == ["model.layers.3.post_attention_layernorm.weight"]
+assert push("mlp.linear_fc1.layer_norm_weight") == ["model.layers.3.post_attention_layernorm.weight"]
+try:
+    from slime.backends.megatron_utils.hf_to_megatron import _LOADERS
+except ModuleNotFoundError:
+    _LOADERS = None
+if _LOADERS is not None:
+    class Reader:
+        def get_tensor(self, name):
+            return name
+    found = _LOADERS["qwen2"]("module.module.decoder.layers.0.input_layernorm.weight", Reader(), None)
+    assert found == "model.layers.0.input_layernorm.weight", found
+"""
+
+
+@pytest.mark.slime
+@pytest.mark.parametrize("tree", trees.params())
+def test_norms_of_local_layers_are_loaded_and_pushed(tree):
+    done = trees.python(tree, LOCAL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "megatron_to_hf.convert_qwen2_to_hf" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        (
+            "a.decoder.layers.0.input_layernorm.weight",
+            "self_attention.linear_qkv.layer_norm_weight",
+        ),
+        ("decoder.layers.12.pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    ],
+)
+def test_fused_names(name, fused):
+    from megatron_fp8_ext.slime_plugin import local_layers
+
+    assert local_layers.fused_name(name).endswith(fused)
+    assert local_layers.fused_name("decoder.final_layernorm.weight").startswith("decoder.final")

@@ -1,4 +1,4 @@
-"""A small tokenizer of bytes and a ChatML template with tools, of the shape of Qwen2.5's."""
+"""A small tokenizer of bytes, a ChatML template with tools of the shape of Qwen2.5's, conversations."""
 
 from __future__ import annotations
 
@@ -36,6 +36,27 @@ MARKED = (
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
     "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
 )
+
+# Conversations that masks are compared on.
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2, "é"]}}}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+U, A = (
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "<think>\nx</think>4"},
+)
+CASES = {
+    "single": [U, A],
+    "multi": [U, A, {"role": "user", "content": "the 😀 more"}, {**A, "content": "é\n\nok the end"}],
+    "system": [{"role": "system", "content": "Be brief."}, U, A],
+    "late system": [U, A, {"role": "system", "content": "Now rhyme."}, U, A],
+    "begins with newlines": [U, {**A, "content": "\n\n\nok"}, U, {**A, "content": "\nyes"}],
+    "begins with bytes": [U, {**A, "content": "😀 ok"}],
+    "step off": [U, {**A, "step_loss_mask": 0}, U, A],
+    "tool": [U, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+             {"role": "tool", "content": "5"}, A],
+    "two tools": [U, {"role": "assistant", "content": "hm", "tool_calls": [CALL, CALL]},
+                  {"role": "tool", "content": "5"}, {"role": "tool", "content": "6"}, A],
+}  # fmt: skip
 
 
 def write_tokenizer(folder: Path, template: str | None = CHATML) -> Path:

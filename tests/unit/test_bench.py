@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -54,3 +55,34 @@ def test_table():
     )
     assert "| cast | ours | 2.000 (1.900 to 2.100) | 3.00 TB/s | 0.75 | 3 | 8 warps |" in text
     assert "| 500 TFLOP/s | 0.71 |" in text
+
+
+def test_bench_convert_says_what_it_needs(tmp_path, monkeypatch):
+    from megatron_fp8_ext.benchmark import conversion
+    from megatron_fp8_ext.errors import UserError
+
+    with pytest.raises(UserError, match=r"choose Qwen2.5-1.5B or Qwen2.5-7B"):
+        conversion.run("Qwen2.5-8B", tmp_path / "x", None, False, "cpu")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="exists; give --folder another place"):
+        conversion.run("Qwen2.5-7B", tmp_path / "mine", None, False, "cpu")
+    usage = type("Usage", (), {"free": 20e9})
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="needs 46 GB, 20 GB are free"):
+        conversion.run("Qwen2.5-7B", tmp_path / "x", None, False, "cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.slow
+def test_every_conversion_stays_below_its_limit_of_memory(tmp_path):
+    """One layer with the whole vocabulary of Qwen2.5-7B: the largest tensors decide, not the layers."""
+    done = run(
+        [*CLI[:-1], "convert", "--layers", "1", "--folder", str(tmp_path / "scratch"), "--output",
+         str(tmp_path / "bench")], timeout=800,
+    )  # fmt: skip
+    assert done.code == 0, done.output[-3000:]
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert len(record["rows"]) == 8 and not (tmp_path / "scratch").exists()
+    for row in record["rows"]:
+        assert row["peak"] < max(2 * record["shard_bytes"], 6e9), row
+        assert row["read"] > record["bytes"] / 2 and row["seconds"] > 0, row

@@ -81,8 +81,10 @@ def test_expand_prints_a_command_to_paste():
         (["expand", "--", "--bf16", "--fp16", "--fp8-recipe", "infir2"], "contradicts --fp16"),
         (["demo", "--iterations", "3"], "at least 20"),
         (["compare", "--output", "x"], "compare what?"),
-        (["compare", "--output", "x", "qwen2.5-7b-cpt"], "alone is no training command"),
-        (["compare", "--output", "x", "demo", "--lr", "1"], "demo takes no flags"),
+        (["compare", "--output", "x", "qwen2.5-7b-ctp"], "alone is no training command"),
+        (["compare", "--output", "x", "qwen2.5-7b-cpt"], "the training data is not given"),
+        (["compare", "--output", "x", "qwen2.5-7b-cpt", "data"], "write it as key=value"),
+        (["compare", "--output", "x", "demo", "fast"], "demo takes Megatron flags after it"),
         (["report", "/nowhere"], "no member.json"),
     ],
 )
@@ -116,4 +118,28 @@ def test_broken_corpus_names_file_and_line(tmp_path):
     file.write_text(json.dumps({"text": "a a"}))
     done = cli("data", "tokenize", str(file), *common, PYTHONWARNINGS="ignore")
     assert done.returncode == 0 and "1 documents, 2 tokens" in done.stdout, done.stderr
-    assert (tmp_path / "out.bin").stat().st_size > 0 and (tmp_path / "out.idx").exists()
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    assert [row.tolist() for row in IndexedDataset(str(tmp_path / "out"))] == [[0, 1]]
+
+
+def test_pack_text_reads_parquet_and_stock_megatron_reads_it(tmp_path):
+    pytest.importorskip("megatron.core", reason="needs megatron-core")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from chat import write_tokenizer
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from megatron_fp8_ext import tokenizer as tokenizers
+
+    texts = ["a the", "é 😀", "\n\nthe end"]
+    parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "a.parquet")
+    argv = ["data", "pack", "--text", str(tmp_path / "a.parquet"), "--key", "body"]
+    where = ["--tokenizer", str(write_tokenizer(tmp_path)), "--output", str(tmp_path / "out")]
+    done = cli(*argv, *where, PYTHONWARNINGS="ignore")
+    assert done.returncode == 0, done.stderr
+    tokenizer, end = tokenizers.load(tmp_path)
+    rows = [row.tolist() for row in IndexedDataset(str(tmp_path / "out"))]
+    assert rows == [[*tokenizer.encode(text).ids, end] for text in texts]
+    refused = cli(*argv[:-1], "text", *where, PYTHONWARNINGS="ignore")
+    assert refused.returncode == 2 and 'a.parquet, line 1: no string under "text"' in refused.stderr

@@ -31,6 +31,7 @@ MODELS = {
     "odd widths, untied": (hf_models.ODD | hf_models.UNTIED, 1),
     "odd widths, tied, sharded": (hf_models.ODD, 2),
     "llama": (hf_models.LLAMA | hf_models.UNTIED, 1),
+    "qwen3": (hf_models.QWEN3, 1),
     "llama, every head its own": (hf_models.LLAMA | {"num_key_value_heads": 4}, 1),
 }
 
@@ -178,3 +179,19 @@ def test_verify_measures(tmp_path):
     other = hf_models.make(tmp_path / "b", hf_models.ALIGNED | hf_models.UNTIED)
     with pytest.raises(UserError, match=r"lm_head.weight is in .*b and not in .*a"):
         compare.compare(a, other)
+
+
+@pytest.mark.parametrize("scale_format", ["e8m0", "fp32"])
+def test_the_triton_cast_gives_the_same_folder(tmp_path, scale_format):
+    """Under Triton's interpreter; tests/gpu/test_conversion.py has it compiled."""
+    import kernel_cases
+
+    if kernel_cases.DEVICE != "cpu":
+        pytest.skip("tests/gpu/test_conversion.py does it on the GPU")
+    model = hf_models.make(tmp_path / "hf", hf_models.ODD | {"num_hidden_layers": 1})
+    for name, cast in (("torch", None), ("triton", fp8.triton_cast)):
+        fp8.hf_to_fp8(model, tmp_path / name, scale_format=scale_format, device="cpu", cast=cast)
+    files = sorted(file.name for file in (tmp_path / "torch").iterdir())
+    assert files == sorted(file.name for file in (tmp_path / "triton").iterdir())
+    for file in files:
+        assert (tmp_path / "torch" / file).read_bytes() == (tmp_path / "triton" / file).read_bytes()

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from megatron_fp8_ext import doctor
 from megatron_fp8_ext.megatron_plugin import compat
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.mark.parametrize(
@@ -79,3 +86,30 @@ def test_a_ray_dashboard_open_to_the_world_fails(words, level):
     line = ["python", "site-packages/ray/dashboard/dashboard.py", *words]
     (row,) = dashboards([["bash"], line])
     assert row[0] == level and row[1] == "Ray dashboard"
+
+
+def test_a_wheel_inside_a_git_repository_is_still_that_wheel():
+    """From 0.19 on Megatron appends the commit of the repository that its files happen to lie in."""
+    pytest.importorskip("megatron.core")
+    version = compat.distribution_version("megatron-core")
+    assert compat.megatron_is_wheel()
+    assert compat.megatron_version() == version
+    (finding,) = [f for f in doctor.examine() if f.subject == "Megatron"]
+    assert finding.found == f"{version} (wheel)"
+
+
+def test_a_checkout_keeps_its_commit(tmp_path):
+    package = tmp_path / "megatron" / "core"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "package_info.py").write_text("__version__ = '0.19.2+abc1234'\n")
+    code = (
+        "from megatron_fp8_ext.megatron_plugin import compat; "
+        "print(compat.megatron_version(), compat.megatron_is_wheel())"
+    )
+    path = os.pathsep.join((str(tmp_path), str(ROOT)))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.stdout.split() == ["0.19.2+abc1234", "False"], done.stderr

@@ -81,6 +81,28 @@ def test_param_gather_follows_the_loaded_checkpoint(optimizer, fp8_params, extra
 
 
 @pytest.mark.parametrize(
+    ("iteration", "extra", "adds"),
+    [
+        (0, [], ["--no-load-optim", flags.MAIN_PARAMS]),
+        (4, [], []),
+        (4, ["--finetune"], ["--no-load-optim", flags.MAIN_PARAMS]),
+        (4, ["--no-load-optim"], [flags.MAIN_PARAMS]),
+        (0, ["--no-load-optim", flags.MAIN_PARAMS], []),
+        (0, ["--no-fp8-param-gather"], []),
+    ],
+)
+def test_a_start_from_weights_alone_is_not_rounded_to_fp8(iteration, extra, adds):
+    """Megatron would copy its main parameters from the FP8 weights."""
+    given = facts(
+        checkpoint=CheckpointLayout(Path("ckpt/release"), iteration, {}, "none", False),
+        options=OPTIONS | {flags.MAIN_PARAMS},
+    )
+    argv = ["--bf16", DIST, "--load", "ckpt", *extra, *INFIR2]
+    new = added(argv, given)
+    assert [flag for flag in new if flag in ("--no-load-optim", flags.MAIN_PARAMS)] == adds
+
+
+@pytest.mark.parametrize(
     "extra", [["--optimizer-cpu-offload"], ["--ckpt-format", "torch"], ["--no-fp8-param-gather"]]
 )
 def test_param_gather_stays_off_with(extra):

@@ -22,11 +22,13 @@ from megatron_fp8_ext.kernels import cast, rmsnorm, softmax, swiglu
 FLAGS = ("ROWS", "COLUMNS", "SQUARE", "WHOLE", "KEEP", "RESIDUAL", "POWER_OF_TWO")
 TYPES = {"row_codes": "*u8", "col_codes": "*u8", "codes": "*u8", "target": "*i64", "eps": "fp32",
          "first": "i32", "M": "i32", "K": "i32", "F": "i32", "H": "i32", "stride": "i32",
-         "row_stride": "i32", "col_stride": "i32", "N": "i32", "V": "i32"}
+         "row_stride": "i32", "col_stride": "i32", "N": "i32", "V": "i32",
+         "stash_codes": "*u8", "y_codes": "*u8", "stash_stride": "i32", "y_stride": "i32"}
 FP32 = ("row_scales", "col_scales", "scales", "rstd", "dweight", "largest", "total", "predicted",
-        "lse", "dloss")
+        "lse", "dloss", "stash_scales", "y_scales")
 KERNELS = [cast._cast_kernel, swiglu._forward_kernel, swiglu._backward_kernel,
-           swiglu._backward_straddling_kernel, rmsnorm._rows_kernel, rmsnorm._columns_kernel,
+           swiglu._backward_apart_kernel, swiglu._backward_straddling_kernel,
+           rmsnorm._rows_kernel, rmsnorm._columns_kernel,
            rmsnorm._backward_kernel, softmax._statistics_kernel, softmax._gradient_kernel]
 for kernel in KERNELS:
     for on in (True, False):
@@ -39,6 +41,8 @@ for kernel in KERNELS:
                     values[(index,)] = True
             else:
                 signature[name] = TYPES.get(name) or ("*fp32" if name in FP32 else "*bf16")
+        if on and "y_codes" in signature:
+            signature["x"] = "*u8"  # a stash
         source = ASTSource(fn=kernel, signature=signature, constexprs=values)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
         assert ".ftz" not in built.asm["ptx"], "flushing would change subnormals"
@@ -54,4 +58,4 @@ def test_kernels_compile_for_hopper(tmp_path):
     script.write_text(COMPILE)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 18
+    assert len(done.stdout.splitlines()) == 20

@@ -36,7 +36,7 @@ def exact_swiglu(x):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_swiglu_forward(shape, scale_format):
     x = random(shape[0], 2 * shape[1])
-    got, y = swiglu.swiglu_cast(x, scale_format, keep=True)
+    got, _, y = swiglu.swiglu_cast(x, scale_format, keep=True)
     check_cast(got, y, scale_format)
     assert ulps_apart(y, exact_swiglu(x.float())) <= 1
 
@@ -45,7 +45,7 @@ def test_swiglu_forward(shape, scale_format):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_swiglu_backward(shape, scale_format):
     x, dy = random(shape[0], 2 * shape[1]), random(*shape, scale=1e-3, seed=1)
-    got, dx = swiglu.swiglu_backward_cast(dy, x, scale_format, keep=True)
+    got, _, dx = swiglu.swiglu_backward_cast(dy, x, scale_format, keep=True)
     check_cast(got, dx, scale_format)
     leaf = x.double().requires_grad_()
     (exact,) = torch.autograd.grad(exact_swiglu(leaf), leaf, dy.double())
@@ -59,7 +59,7 @@ def test_swiglu_backward(shape, scale_format):
 def test_swiglu_propagates_what_is_not_finite_as_torch_does():
     x = random(128, 256)
     x[3, 5], x[7, 140], x[9, 9], x[11, 13] = float("nan"), float("inf"), float("inf"), -200.0
-    got, y = swiglu.swiglu_cast(x, "power_of_two", keep=True)
+    got, _, y = swiglu.swiglu_cast(x, "power_of_two", keep=True)
     gate, up = x.float().chunk(2, dim=-1)
     want = (torch.nn.functional.silu(gate) * up).to(torch.bfloat16)
     assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isinf(), want.isinf())
@@ -72,16 +72,55 @@ def test_swiglu_without_the_intermediate_is_the_same():
         lambda keep: swiglu.swiglu_cast(x, "power_of_two", keep=keep),
         lambda keep: swiglu.swiglu_backward_cast(dy, x, "power_of_two", keep=keep),
     ):
-        (kept, _), (plain, nothing) = run(True), run(False)
+        (kept, *_), (plain, _, nothing) = run(True), run(False)
         assert nothing is None
         assert_same_cast(plain.quantized(), kept.quantized())
         assert_same_cast(plain.quantized(columns=True), kept.quantized(columns=True))
 
 
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("shape", [(256, 256), (130, 128), (130, 200)])
+def test_swiglu_backward_makes_the_operand_of_wgrad_again(shape, scale_format):
+    x, dy = random(shape[0], 2 * shape[1]), random(*shape, scale=1e-3, seed=1)
+    want = swiglu.swiglu_cast(x, scale_format, rows=False).cast
+    plain = swiglu.swiglu_backward_cast(dy, x, scale_format)
+    got = swiglu.swiglu_backward_cast(dy, x, scale_format, y_columns=True)
+    assert plain.y is None
+    assert_same_cast(got.y.quantized(columns=True), want.quantized(columns=True))
+    for columns in (False, True):
+        assert_same_cast(got.cast.quantized(columns), plain.cast.quantized(columns))
+
+
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("shape", [(256, 256), (130, 128)])
+def test_swiglu_stash(shape, scale_format):
+    x, dy = random(shape[0], 2 * shape[1]), random(*shape, scale=1e-3, seed=1)
+    got = swiglu.swiglu_cast(x, scale_format, columns=False, stash=True, keep=True)
+    assert got.stash.columns is None
+    want = reference.quantize_rows(x, scale_format)
+    assert_same_cast(got.stash.quantized(), want)
+    assert_same_cast(got.cast.quantized(), reference.quantize_rows(got.kept, scale_format))
+    # The backward from the stash is the backward from what the stash stands for.
+    exact = want.dequantize()
+    from_stash = swiglu.swiglu_backward_cast(dy, got.stash, scale_format, keep=True, y_columns=True)
+    from_fp32 = swiglu.swiglu_backward_cast(dy, exact, scale_format, keep=True, y_columns=True)
+    assert torch.equal(from_stash.kept, from_fp32.kept)
+    check_cast(from_stash.cast, from_stash.kept, scale_format)
+    assert_same_cast(from_stash.y.quantized(columns=True), from_fp32.y.quantized(columns=True))
+
+
+def test_a_stash_has_whole_blocks():
+    with pytest.raises(ValueError, match="whole blocks of 128"):
+        swiglu.swiglu_cast(random(128, 400), "power_of_two", stash=True)
+    stash = swiglu.swiglu_cast(random(128, 512), "power_of_two", stash=True).stash
+    with pytest.raises(ValueError, match=r"rows of \[64, 512\]"):
+        swiglu.swiglu_backward_cast(random(64, 256), stash, "power_of_two")
+
+
 def test_skipping_the_rounding_would_change_codes():
     """The negative control: cast the FP32 intermediate instead, and codes differ."""
     x = random(256, 1024)
-    got, _ = swiglu.swiglu_cast(x, "power_of_two")
+    got, *_ = swiglu.swiglu_cast(x, "power_of_two")
     unrounded = reference.quantize_rows(exact_swiglu(x.float()), "power_of_two")
     flipped = got.quantized().codes.view(torch.uint8) != unrounded.codes.view(torch.uint8)
     assert 0.01 < flipped.float().mean().item() < 0.1

@@ -11,10 +11,20 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from dev_tools import tool
 
 from megatron_fp8_ext import presets
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.launch import architecture, checks, plan, reference, render, request
+from megatron_fp8_ext.launch import (
+    architecture,
+    checks,
+    plan,
+    reference,
+    render,
+    request,
+    secrets,
+    start,
+)
 from megatron_fp8_ext.launch import reference_tools as tools
 
 SNAPSHOTS = Path(__file__).parent / "dry_runs"
@@ -27,6 +37,13 @@ def asked(name: str, *assignments: str, **fields) -> request.Request:
 
 def planned(name: str, *assignments: str, facts: plan.Facts | None = None, **fields) -> plan.Plan:
     return plan.build(asked(name, *assignments, **fields), facts or plan.Facts())
+
+
+def test_several_nodes_begin_with_a_preflight():
+    one = render.launch(planned("qwen2.5-7b-cpt")).steps
+    two = render.launch(planned("qwen2.5-7b-cpt", "nodes=2")).steps
+    assert [step.argv[0] for step in one] == ["torchrun"]
+    assert [step.argv[0] for step in two] == ["megatron-fp8", "torchrun"]
 
 
 def dry_run(name: str, launcher: str | None = None) -> str:
@@ -55,7 +72,8 @@ def test_dry_runs_are_as_recorded(name):
 def test_sbatch_files_are_valid_shell(name):
     launched = render.launch(planned(name, launcher="slurm", slime="SLIME"))
     (content,) = launched.files.values()
-    assert subprocess.run(["bash", "-n"], input=content, text=True).returncode == 0
+    done = subprocess.run([tool("shellcheck"), "-"], input=content, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "")
     assert "0.0.0.0" not in content and "doctor" in content and "#SBATCH --requeue" in content
 
 
@@ -134,7 +152,7 @@ def test_architecture_comes_from_config_json():
         == "500000"
     )
     assert (
-        architecture.flags({**QWEN_15B, "vocab_size": 151937}, 8)["padded-vocab-size"] == "151944"
+        architecture.flags({**QWEN_15B, "vocab_size": 151937}, 8)["padded-vocab-size"] == "152576"
     )
     assert architecture.flags({**QWEN_15B, "head_dim": 64}, 1)["kv-channels"] == "64"
     for broken in ({"model_type": "bert"}, {"hidden_size": "x"}, {"num_hidden_layers": 0}):
@@ -195,6 +213,20 @@ def test_all_problems_at_once(tmp_path):
     assert all("\n" not in line and (": " in line or ";" in line) for line in found)
 
 
+def test_numbers_that_are_none_are_all_named():
+    found = planned(
+        "qwen2.5-7b-cpt", "seq-length=long", "micro-batch-size=0", extra=("--num-layers", "x")
+    )
+    text = "\n".join(checks.problems(found))
+    for words in (
+        "--seq-length long: write a whole",
+        "--micro-batch-size 0: must be",
+        "--num-layers x: ",
+    ):
+        assert words in text, text
+    assert "--data" in text
+
+
 def test_nothing_to_mend_where_nothing_is_wrong(tmp_path):
     for suffix in (".bin", ".idx"):
         (tmp_path / f"text{suffix}").write_text("x")
@@ -225,6 +257,37 @@ def test_rl_holds_the_export_to_the_recipe():
     assert any("key/value rows 512" in p for p in checks.problems(engine))
 
 
+def test_packed_samples_are_held_to_the_length(tmp_path):
+    for package in ("numpy", "tokenizers", "jinja2"):
+        pytest.importorskip(package)
+    from chat import write_tokenizer
+
+    from megatron_fp8_ext.sft import pack_job, shards, template
+
+    def problems(*assignments):
+        sizes = ("trainer=megatron", "tensor-model-parallel-size=2", *assignments)
+        found = planned(
+            "qwen2.5-1.5b-sft-stage1", *sizes, inputs={"data": str(tmp_path / "packed")}
+        )
+        return "\n".join(checks.problems(found))
+
+    (tmp_path / "packed").mkdir()
+    assert "is no folder of packed samples" in problems()
+    (tmp_path / "packed").rmdir()
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    chat = template.load(write_tokenizer(tmp_path / "tokenizer"))
+    options = pack_job.Options(seq_length=256)
+    pack_job.pack([tmp_path / "samples.jsonl"], chat, tmp_path / "packed", options)
+    longest = shards.SampleShards(tmp_path / "packed").longest
+    assert "longest sample" not in problems() and "packs are multiples" not in problems()
+    short = problems("seq-length=16")
+    assert f"longest sample has {longest} tokens, --seq-length is 16" in short
+    assert "packs are multiples of 256 tokens" in short
+    (tmp_path / "packed" / "index.json").write_text("{")
+    assert "index.json" in problems()
+
+
 def test_sft_with_megatron_alone_needs_the_loss():
     found = planned("qwen2.5-7b-sft-stage1", "trainer=megatron", inputs={"data": "packed"})
     assert found.value("--sft-data") == "packed" and "--prompt-data" not in found.argv
@@ -232,21 +295,52 @@ def test_sft_with_megatron_alone_needs_the_loss():
         planned("qwen2.5-7b-rl-stage1", "trainer=megatron")
 
 
-def test_secrets_are_not_shown():
-    found = planned(
-        "qwen2.5-7b-rl-stage1",
-        extra=("--wandb-key", "hunter2", "--sglang-api-key=hunter2"),
-        slime="S",
+SECRET = "hunter2-of-a-user"
+TOKENS = (
+    "--wandb-key", SECRET, f"--sglang-api-key={SECRET}", "--hf_token", SECRET,
+    "--train-env-vars", f'{{"WANDB_API_KEY": "{SECRET}", "NAME": "kept"}}',
+    "--exec", f"HF_TOKEN={SECRET} true",
+    "--proxy", f"http://me:{SECRET}@host:1", "--other", "hf_abcdefghijklmnop",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", ["ray", "slurm"])
+def test_secrets_are_not_shown(launcher):
+    found = planned("qwen2.5-7b-rl-stage1", extra=TOKENS, slime="S", launcher=launcher)
+    text = render.shell(render.launch(found)) + start.record(found)
+    assert SECRET not in text and "hf_abcdef" not in text
+    assert "kept" in text and "http://me:" in text and "--input-key prompt" in text
+    wrong = [p for p in checks.problems(found) if "export it as a variable" in p]
+    assert len(wrong) == 7 and SECRET not in str(wrong)
+
+
+def test_a_secret_of_the_environment_is_known_wherever_it_stands():
+    facts = plan.Facts(
+        secrets=secrets.values({"MY_TOKEN": SECRET, "PIN_KEY": "1", "HOME": "/home"})
     )
-    assert "hunter2" not in render.shell(render.launch(found))
-    assert sum("export it as a variable" in p for p in checks.problems(found)) == 2
+    found = planned("qwen2.5-7b-cpt", extra=("--run-name", f"a-{SECRET}-b"), facts=facts)
+    text = render.shell(render.launch(found), facts.secrets) + start.record(found)
+    assert SECRET not in text and "--run-name 'a-***-b'" in text
+
+
+def test_a_preset_with_a_secret_does_not_start(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"extends: qwen2.5-1.5b-cpt\nexperiment: x\nenvironment: {{WANDB_API_KEY: {SECRET}}}\n"
+    )
+    found = plan.build(
+        request.Request(preset=presets.get(str(file)), launcher="slurm"), plan.Facts()
+    )
+    assert SECRET not in render.shell(render.launch(found))
+    assert any("WANDB_API_KEY: secrets do not belong" in p for p in checks.problems(found))
 
 
 def test_nothing_binds_beyond_loopback():
-    steps = render.launch(planned("qwen2.5-7b-sft-stage1", slime="S")).steps
-    assert steps[0].argv[:2] == ("ray", "start") and "0.0.0.0" not in str(steps)
-    assert steps[0].argv[steps[0].argv.index("--dashboard-host") + 1] == "127.0.0.1"
-    environment = json.loads(steps[1].argv[steps[1].argv.index("--runtime-env-json") + 1])
+    first, ray, submit = render.launch(planned("qwen2.5-7b-sft-stage1", slime="S")).steps
+    assert first.argv == ("env", "SLIME_PATH=S", "megatron-fp8", "doctor", "--slime")
+    assert ray.argv[:2] == ("ray", "start") and "0.0.0.0" not in str((first, ray, submit))
+    assert ray.argv[ray.argv.index("--dashboard-host") + 1] == "127.0.0.1"
+    environment = json.loads(submit.argv[submit.argv.index("--runtime-env-json") + 1])
     assert environment["env_vars"]["PYTHONPATH"] == "S"
 
 
@@ -329,20 +423,62 @@ def test_the_tools_keep_their_argument_names():
         tools.torch_dist_to_hf(["--input-dir", "c", "--output-dir", "d"])
 
 
-# Each command of the reference's README that starts something of ours, as it stands there.
-README = """
-bash scripts/CPT/InfiR2_CPT_FP8_7B.sh
-bash scripts/CPT/InfiR2_CPT_FP8_7B_decay.sh --load exp/InfiR2_CPT_FP8_7B/checkpoints/iter_0035000
-bash scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh
-PYTHONPATH=training/Megatron-LM:training/slime python tools/convert_torch_dist_to_hf.py --input-dir /path/to/InfiR2_SFT_FP8_stg2 --output-dir /path/to/InfiR2_SFT_FP8_stg2_hf --origin-hf-dir /path/to/models/Qwen2.5-7B-Instruct
-python tools/bf16_cast_fp8.py --input-bf16-hf-path /path/to/InfiR2_SFT_FP8_stg2_hf --output-fp8-hf-path /path/to/InfiR2_SFT_FP8_stg2_hf_e8m0 --force-pow-2-scale True
-"""  # noqa: E501
+@pytest.mark.parametrize(
+    "path", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "scripts").glob("*/*.sh"))
+)
+def test_each_of_the_fourteen_scripts_takes_a_dry_run(path):
+    done = script(path, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert any(
+        word in done.stdout for word in ("torchrun", "ray job submit", "sglang.launch_server")
+    )
+    assert "# problem: " in done.stdout  # no input was given
+    assert len(list((ROOT / "scripts").glob("*/*.sh"))) == 14
+
+
+# The command blocks of the reference's README that start something of ours, as they stand there (less a
+# stray fence after iter_0035000), and what each becomes. Variables are edited inside its scripts; here they
+# are exported. Its other blocks clone, build an image, start Ray and install evalscope.
+README = {
+    "torchrun": [
+        "bash scripts/CPT/InfiR2_CPT_FP8_7B.sh",
+        """# 首先\uff0c确定您在稳定阶段的检查点
+# 然后使用该检查点运行退火脚本
+bash scripts/CPT/InfiR2_CPT_FP8_7B_decay.sh \\
+    --load exp/InfiR2_CPT_FP8_7B/checkpoints/iter_0035000""",
+    ],
+    "ray job submit": [
+        "bash scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh",
+        """export DATA_DIR=/path/to/stage1_data
+export HF_CHECKPOINT=/path/to/base_models_hf/qwen2.5-7B-Instruct/
+export REF_LOAD=/path/to/base_models_/qwen2.5-7B_torch_dist/
+bash scripts/SFT/InfiR2_SFT_FP8_7B_stage1.sh""",
+        """export DATA_DIR=/path/to/data/dapo-math-17k.jsonl
+export HF_CHECKPOINT=/path/to/your_model/
+export REF_LOAD=/path/to/your_model/
+bash scripts/RL/InfiR2_RL_FP8_7B_stage1_4node.sh""",
+    ],
+    "megatron-fp8 convert megatron-to-hf": [
+        """# 步骤 1: 将 PyTorch 分布式检查点转换为 HuggingFace 格式
+PYTHONPATH=training/Megatron-LM:training/slime python tools/convert_torch_dist_to_hf.py \\
+    --input-dir /path/to/InfiR2_SFT_FP8_stg2 \\
+    --output-dir /path/to/InfiR2_SFT_FP8_stg2_hf \\
+    --origin-hf-dir /path/to/models/Qwen2.5-7B-Instruct""",
+    ],
+    "megatron-fp8 convert hf-to-fp8": [
+        """# 步骤 2: 将 BF16 格式的 HuggingFace 模型转换为 FP8 E8M0 格式
+python tools/bf16_cast_fp8.py \\
+    --input-bf16-hf-path /path/to/InfiR2_SFT_FP8_stg2_hf \\
+    --output-fp8-hf-path /path/to/InfiR2_SFT_FP8_stg2_hf_e8m0 \\
+    --force-pow-2-scale True""",
+    ],
+}
 
 
 @pytest.mark.parametrize(
-    "line", README.strip().splitlines(), ids=lambda line: line.split("/")[-1][:30]
+    ("becomes", "block"), [(name, block) for name, blocks in README.items() for block in blocks]
 )
-def test_readme_commands_resolve(line, tmp_path):
+def test_readme_blocks_resolve(becomes, block, tmp_path):
     for name, code in (
         ("megatron-fp8", f'exec "{sys.executable}" -m megatron_fp8_ext.cli "$@"'),
         ("python", f'PYTHONPATH="{ROOT}" exec "{sys.executable}" "$@"'),
@@ -351,16 +487,12 @@ def test_readme_commands_resolve(line, tmp_path):
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["bash", "-c", f"{line} --dry-run"], capture_output=True, text=True, cwd=ROOT, env=env
+        ["bash", "-c", f"{block} --dry-run"], capture_output=True, text=True, cwd=ROOT, env=env
     )
     assert done.returncode == 0, done.stderr
-    expected = (
-        "megatron-fp8 convert"
-        if "tools/" in line
-        else "torchrun"
-        if "CPT" in line
-        else "ray job submit"
-    )
-    assert expected in done.stdout
-    if "decay" in line:
+    assert becomes in done.stdout
+    if "decay" in block:
+        assert "--load exp/InfiR2_CPT_FP8_7B/checkpoints " in done.stdout
         assert "--ckpt-step 35000" in done.stdout
+    for path in re.findall(r"/path/to/\S+", block):
+        assert path.rstrip("/") in done.stdout

@@ -109,6 +109,21 @@ def test_too_long_is_dropped_cut_or_refused(tmp_path, chat):
         pack_job.pack([file], chat, tmp_path / "prompt", cut)
 
 
+def test_every_dropped_line_is_listed_in_order(tmp_path, chat, monkeypatch):
+    monkeypatch.setattr(inputs, "_SMALLEST", 2000)
+    files = [
+        write(tmp_path / f"{name}.jsonl", [record(i, 200 if i % 3 else 1) for i in range(30)])
+        for name in ("b", "a")
+    ]
+    index = pack_job.pack(files, chat, tmp_path / "out", options(), workers=2)
+    assert len(index["shards"]) > 5 and index["dropped"] == {"longer than 256 tokens": 40}
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / pack_job.DROPPED).read_text().splitlines()
+    ]
+    want = [(str(file), i + 1) for file in files for i in range(30) if i % 3]
+    assert [(row["file"], row["line"]) for row in rows] == want
+
+
 def test_broken_lines_stop_with_their_number_or_are_counted(tmp_path, chat):
     file = tmp_path / "a.jsonl"
     good = json.dumps(record(1)).encode()
@@ -118,6 +133,30 @@ def test_broken_lines_stop_with_their_number_or_are_counted(tmp_path, chat):
     index = pack_job.pack([file], chat, tmp_path / "drop", options(invalid="drop"))
     assert sum(index["dropped"].values()) == 2
     assert len(contents(tmp_path / "drop")) == 2
+
+
+def test_half_of_a_surrogate_pair_is_a_broken_line(tmp_path, chat):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "a", "response": "x \\ud800"}\n' + json.dumps(record(1)) + "\n")
+    with pytest.raises(UserError, match=r"a.jsonl, line 1: .*surrogate"):
+        pack_job.pack([file], chat, tmp_path / "out", options())
+    # Nothing came of it, so the mended file may take its place.
+    write(file, [record(1)])
+    pack_job.pack([file], chat, tmp_path / "out", options())
+    assert len(contents(tmp_path / "out")) == 1
+
+
+def test_wrong_files_leave_nothing_behind(tmp_path, chat):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "a.txt").write_text("x")
+    for name, words in (
+        ("", "is a directory"),
+        ("empty.jsonl", "is empty"),
+        ("a.txt", "only .jsonl and .parquet"),
+    ):
+        with pytest.raises(UserError, match=words):
+            pack_job.pack([tmp_path / name], chat, tmp_path / "out", options())
+        assert not (tmp_path / "out").exists()
 
 
 def test_parquet_rows_are_the_same_samples(tmp_path, chat):

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.proof import plan, record, result, run, verdict
+from megatron_fp8_ext.proof import plan, record, result, run, tables, verdict
 
 QUIET = Console(quiet=True)
 
@@ -92,7 +93,10 @@ def test_plan_gives_each_member_its_own_flags(tmp_path):
     ("recipes", "command", "words"),
     [
         (["infr2"], ["x"], "did you mean 'infir2'"),
-        (["infir2:e4m3"], ["x"], "has one option, 'emulated'"),
+        (["infir2:e4m3"], ["x"], "has the options emulated, unfused, stash"),
+        (["control-1bit:stash"], ["x"], "has the options emulated"),
+        (["bf16:emulated"], ["x"], "has no option"),
+        (["infir2"], ["x", "--infir2-fp8-stash"], "infir2:unfused or infir2:stash"),
         (["delayed:x"], ["x"], "e4m3 or hybrid"),
         (["infir2", "infir2"], ["x"], "names infir2 twice"),
         (["infir2"], ["x", "--train-samples", "5"], "replace --train-samples by --steps"),
@@ -109,6 +113,14 @@ def test_resumed_member_loads_its_own_checkpoint(tmp_path):
     argv = plan.plan(command, ["bf16"], 1, 20, tmp_path)[0].resumed()
     assert argv.count("--load") == 1 and argv[-1] == str(tmp_path / "bf16-seed1234" / "checkpoints")
     assert "--finetune" not in argv and "--no-load-optim" not in argv
+
+
+def test_a_second_stage_loads_what_each_run_of_the_first_left(tmp_path):
+    command = ["x", "--load", "stage1/{run}/weights"]
+    found = plan.plan(command, ["bf16", "infir2"], 1, 20, tmp_path)
+    loads = [member.argv[member.argv.index("--load") + 1] for member in found]
+    assert loads == ["stage1/bf16-seed1234/weights", "stage1/infir2-seed1234/weights"]
+    assert found[0].common == found[1].common  # so the two may be compared
 
 
 def test_finished_comparison(trainer, tmp_path):
@@ -178,6 +190,7 @@ def test_killed_run_counts_as_interrupted(trainer, tmp_path):
     run.execute(members(trainer, tmp_path), QUIET)
     (tmp_path / "bf16-seed7" / "state.json").write_text('{"status": "running"}')
     assert record.status(tmp_path / "bf16-seed7") == "interrupted"
+    assert record.read(tmp_path / "bf16-seed7").why == "killed"
 
 
 @pytest.mark.parametrize("what", ["command", "steps", "data", "versions"])
@@ -190,7 +203,7 @@ def test_runs_that_differ_are_not_compared(what, trainer, tmp_path, monkeypatch)
         steps, words = 30, "20 steps in one, 30 in the other"
     elif what == "data":
         (tmp_path / "text.bin").write_bytes(b"some texT" * 100)
-        words = "the corpus 'text' is not the same data"
+        words = "the data 'text' is not the same"
     else:
         monkeypatch.setenv("V", "2")
         words = "megatron is 1 in one and 2 in the other"
@@ -211,8 +224,89 @@ def test_score_command(trainer, tmp_path):
         ("exact_match", "bf16", pytest.approx(0.75)), ("exact_match", "infir2", pytest.approx(0.75)),
     ]  # fmt: skip
     assert rows[1].difference.mean == 0
-    with pytest.raises(UserError, match="no JSON object"):
-        run.execute(members(trainer, tmp_path / "b"), QUIET, score="echo nothing")
+
+
+def test_a_failed_score_is_shown_and_tried_again(trainer, tmp_path):
+    """It stops nobody: the other runs still train and are scored."""
+    code = "import sys; 1 / (sys.argv[1] != 'infir2'); print('{\"exact\": 0.5}')"
+    bad = f"{sys.executable} -c {json.dumps(code)} {{recipe}}"
+    run.execute(members(trainer, tmp_path, seeds=1), QUIET, score=bad)
+    runs = {r.recipe: r for r in record.read_all([tmp_path])}
+    assert runs["bf16"].ended_well and runs["bf16"].scores == {"exact": 0.5}
+    assert runs["infir2"].status == "finished" and not runs["infir2"].ended_well
+    assert "no JSON object of numbers" in runs["infir2"].why and not runs["infir2"].scores
+    logs = [r.folder / "log.txt" for r in runs.values()]
+    before = [log.stat().st_mtime_ns for log in logs]
+    good = bad.replace("infir2", "nothing")
+    run.execute(members(trainer, tmp_path, seeds=1), QUIET, score=good)
+    assert all(r.ended_well for r in record.read_all([tmp_path]))
+    assert [log.stat().st_mtime_ns for log in logs] == before
+
+
+@pytest.mark.parametrize(
+    ("needed", "gpus", "parallel", "devices", "sharing"),
+    [
+        (1, [], None, (None,), 1),
+        (1, [], 2, (None, None), 2),
+        (1, ["0"], None, (None,), 1),
+        (1, ["0"], 3, (None, None, None), 3),
+        (1, ["0", "1"], None, ("0", "1"), 1),
+        (1, ["4", "5"], 3, ("4", "5", "4"), 2),
+        (2, ["0", "1", "2", "3"], None, ("0,1", "2,3"), 1),
+        (4, ["0", "1"], None, (None,), 1),
+    ],
+)
+def test_places(needed, gpus, parallel, devices, sharing):
+    assert run.places(needed, gpus, parallel) == run.Places(devices, sharing)
+
+
+def test_runs_that_share_a_device_say_so(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_visible_gpus", lambda: ["0"])
+    run.execute(members(trainer, tmp_path), QUIET, parallel=3)
+    found = result.build(record.read_all([tmp_path]))
+    assert {each.run.sharing for each in found.runs} == {3}
+    assert "Up to 3 runs shared a device" in tables.sharing(found)
+    with pytest.raises(UserError, match="only runs of one process can share"):
+        run.places(2, ["0", "1"], 2)
+    with pytest.raises(UserError, match="at least 1"):
+        run.places(1, ["0"], 0)
+
+
+@pytest.mark.parametrize("flag", ["--load", "--sft-data"])
+def test_another_start_or_other_samples_are_not_compared(flag, trainer, tmp_path):
+    """Not the folder's name: what lies in it."""
+    for where, words in (("a", "one"), ("b", "two"), ("c", "one")):
+        (tmp_path / where / "given").mkdir(parents=True)
+        (tmp_path / where / "given" / "file").write_text(words)
+        extra = [flag, str(tmp_path / where / "given")]
+        recipe = "bf16" if where == "a" else "infir2"
+        only = [
+            m for m in members(trainer, tmp_path / where, extra=extra) if m.choice.label == recipe
+        ]
+        run.execute(only, QUIET)
+    record.read_all([tmp_path / "a", tmp_path / "c"])
+    with pytest.raises(UserError, match=r"the data 'given' is not the same \(3 and 3 bytes\)"):
+        record.read_all([tmp_path / "a", tmp_path / "b"])
+
+
+def test_an_interrupted_score_is_ended(trainer, tmp_path):
+    planned = members(trainer, tmp_path, recipes=["bf16"], seeds=1)
+    started = tmp_path / "started"
+    code = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    score = f"{sys.executable} -c {json.dumps(code)}"
+
+    def interrupt():
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run.execute(planned, QUIET, score=score)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+    found = record.read(planned[0].folder)
+    assert found.ended_well and not found.scores  # it is scored when the command is given again
 
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=8))

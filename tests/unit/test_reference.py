@@ -71,6 +71,19 @@ def test_only_nan_has_scale_one():
     assert (q.codes.view(torch.uint8) == 0x7F).all()
 
 
+@pytest.mark.parametrize("block", [(1, 128), (128, 128)])
+def test_a_gpu_that_does_not_look_for_nan_gives_the_same(block, monkeypatch):
+    """There every cast provides for NaN; on the CPU one without any takes the short way."""
+    torch.manual_seed(2)
+    x = (torch.randn(200, 300) * torch.exp(4 * torch.randn(200, 300))).to(torch.bfloat16)
+    x[0, :130], x[5, 7] = 0, math.inf
+    short = reference.quantize(x, block, POW2)
+    monkeypatch.setattr(reference, "_may_hold_nan", lambda x: True)
+    long = reference.quantize(x, block, POW2)
+    assert torch.equal(short.codes.view(torch.uint8), long.codes.view(torch.uint8))
+    assert torch.equal(short.scale_inv, long.scale_inv)
+
+
 def test_tiny_amax_takes_the_largest_power():
     # 448 / 1e-38 overflows FP32; the multiplier stops at 2^127 and its inverse is subnormal.
     q = reference.quantize_rows(row(1e-38), POW2)

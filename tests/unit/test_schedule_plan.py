@@ -94,9 +94,25 @@ def test_without_a_batch_size_it_counts_in_iterations():
         ([*INFIR2, "--branch", "20000:100%"], "below 100%"),
         ([*INFIR2, "--branch", "20000:0.5"], "no whole number of iterations"),
         ([*INFIR2, "--branch", "20000:9:square"], "unknown --branch STYLE 'square'"),
-        ([*INFIR2, "--branch", "4000:9"], "is inside the warmup"),
-        ([*INFIR2, "--branch", "36000:9"], "is inside the decay"),
+        (
+            [*INFIR2, "--branch", "4000:9"],
+            "at iteration 4000 is inside the warmup: branch at 5000 or",
+        ),
+        ([*INFIR2, "--branch", "36000:9"], "is inside the decay: branch at 35000 or earlier"),
+        ([*INFIR2, "--branch", "50000:9"], "is after the end of the run"),
         ([*INFIR2, "--min-lr", "1"], "--min-lr 1 is above --lr"),
+        ([*INFIR2, "--lr", "0"], "--lr is a positive number"),
+        (
+            [*INFIR2, "--wsd-decay-itres", "9"],
+            "'--wsd-decay-itres': did you mean '--wsd-decay-iters'",
+        ),
+        ([*INFIR2, "--lr-decay-style", "cosine"], "contradicts --lr-schedule wsd"),
+        (INFIR2[2:], "--wsd-warmup-iters needs --lr-schedule wsd: add it"),
+        (
+            ["--lr", "1", "--train-iters", "9"],
+            "--lr-decay-style linear (as none is given) has no stable",
+        ),
+        ([*INFIR2, "--svg", "/dev/null/x.svg"], "/dev/null/x.svg cannot be written: "),
         (["--wsd-decay-from", "/nowhere", "--wsd-decay-iters", "9"], "there is no such folder"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -105,6 +121,33 @@ def test_what_is_refused_is_one_line(argv, words):
     done = cli("schedule", "plan", *argv)
     assert done.returncode == 2 and words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_native_flags_it_becomes_are_planned_alike():
+    own = [
+        "--lr-schedule",
+        "wsd",
+        "--train-iters",
+        "50",
+        "--wsd-decay-fraction",
+        "0.2",
+        "--lr",
+        "1",
+    ]
+    native = cli("expand", "--", *own).stdout.splitlines()[-1].split()
+    assert "--lr-wsd-decay-iters" in native
+    assert cli("schedule", "plan", *native).stdout == cli("schedule", "plan", *own).stdout
+    constant = [*native, "--lr-decay-style", "constant"]
+    assert rows(cli("schedule", "plan", *constant).stdout) == [
+        "stable run stable 0 50 50 - - 1 to 1".split()
+    ]
+
+
+def test_what_a_branch_contradicts_is_refused_in_the_plan_too(tmp_path):
+    checkpoints.write(tmp_path, 40)
+    argv = ["--wsd-decay-from", str(tmp_path), "--wsd-decay-iters", "10", "--train-iters", "44"]
+    done = cli("schedule", "plan", *argv)
+    assert done.returncode == 2 and "--train-iters 44 contradicts --wsd-decay-from" in done.stderr
 
 
 WHOLE = WSD(lr=1.0, min_lr=0.1, warmup_samples=10, total_samples=100, decay_samples=20)
@@ -117,10 +160,15 @@ def test_rows_end_where_the_curve_ends():
 
 
 def test_a_branch_begins_at_the_stable_rate_and_ends_at_its_own():
-    made = schedule_plan.branch(WHOLE, 40, 30, "linear", min_lr=0.0)
-    assert (made.at(40), made.at(55), made.at(70)) == (1.0, 0.5, 0.0)
-    with pytest.raises(UserError, match="inside the decay: branch at 80 or earlier"):
-        schedule_plan.branch(WHOLE, 81, 5)
+    made = schedule_plan.branch(WHOLE, 20, 15, "linear", size=2)
+    assert (made.at(40), made.at(55), made.at(70)) == (1.0, pytest.approx(0.55), WHOLE.min_lr)
+    for at, words in (
+        (41, "inside the decay: branch at 40 or earlier"),
+        (4, "inside the warmup: branch at 5 or later"),
+        (0, "no checkpoint: branch at 5 or later"),
+    ):
+        with pytest.raises(UserError, match=words):
+            schedule_plan.branch(WHOLE, at, 5, size=2)
 
 
 def test_the_terminal_picture_has_its_size_and_marks():
@@ -130,3 +178,6 @@ def test_the_terminal_picture_has_its_size_and_marks():
     assert re.match(r" ?1\.00e\+00 \|", lines[0])
     body = "".join(lines[:9])
     assert "*" in body and "1" in body[12:]
+    assert [line[:11].strip() for line in lines[:9:3]] == ["1.00e+00 |", "6.25e-01 |", "2.50e-01 |"]
+    decay = [line[11 + 42 :] for line in lines[:9]]  # beyond the branch: the run's own decay
+    assert all("*" in line for line in decay[:8])

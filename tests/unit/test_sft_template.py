@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from chat import CHATML, MARKED, write_tokenizer
+from chat import CALL, CASES, CHATML, MARKED, TOOLS, write_tokenizer
 
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.sft import conversation, template
 from megatron_fp8_ext.sft.conversation import InvalidRecord
 
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2, "é"]}}}
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-U, A = (
-    {"role": "user", "content": "2+2?"},
-    {"role": "assistant", "content": "<think>\nx</think>4"},
-)
-CASES = {
-    "single": [U, A],
-    "multi": [U, A, {"role": "user", "content": "the 😀 more"}, {**A, "content": "é\n\nok the end"}],
-    "system": [{"role": "system", "content": "Be brief."}, U, A],
-    "late system": [U, A, {"role": "system", "content": "Now rhyme."}, U, A],
-    "begins with newlines": [U, {**A, "content": "\n\n\nok"}, U, {**A, "content": "\nyes"}],
-    "begins with bytes": [U, {**A, "content": "😀 ok"}],
-    "step off": [U, {**A, "step_loss_mask": 0}, U, A],
-    "tool": [U, {"role": "assistant", "content": "", "tool_calls": [CALL]},
-             {"role": "tool", "content": "5"}, A],
-    "two tools": [U, {"role": "assistant", "content": "hm", "tool_calls": [CALL, CALL]},
-                  {"role": "tool", "content": "5"}, {"role": "tool", "content": "6"}, A],
-}  # fmt: skip
+U, A = CASES["single"]
 
 
 @pytest.fixture(scope="module")

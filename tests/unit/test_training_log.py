@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
+
 from megatron_fp8_ext import training_log
 
 LINE = (
@@ -29,3 +33,12 @@ def test_skipped_step_has_no_loss():
 
 def test_other_lines():
     assert list(training_log.parse(["", "iteration 3", LINE])) == [training_log.parse_line(LINE)]
+
+
+def test_the_second_loss_of_a_start_is_taken_out_of_the_mean():
+    first, second, third = (training_log.parse_line(LINE) for _ in range(3))
+    second = dataclasses.replace(second, number=11, loss=(first.loss + 5.0) / 2)
+    own = training_log.own_losses([first, second, third])
+    assert own[1].loss == pytest.approx(5.0) and (own[0], own[2]) == (first, third)
+    skipped = dataclasses.replace(first, loss=None)
+    assert training_log.own_losses([skipped, second]) == [skipped, second]

@@ -1,3 +1,9 @@
+# preflight of this node: stops here, with the mend, where training would fail
+env SLIME_PATH=SLIME megatron-fp8 doctor \
+    --slime \
+    --hf-checkpoint MODEL \
+    --engine-gpus 4 \
+    --tensor-parallel 4
 # a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); `ray stop` ends it
 ray start \
     --head \
@@ -8,7 +14,7 @@ ray start \
     --disable-usage-stats
 ray job submit \
     --address http://127.0.0.1:8265 \
-    --runtime-env-json '{"env_vars": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:2048", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "PYTHONPATH": "SLIME"}}' \
+    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_RL_BF16_7B_stage2/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:2048", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "PYTHONPATH": "SLIME"}}' \
     -- python3 SLIME/train.py \
     --num-layers 28 \
     --hidden-size 3584 \
@@ -51,6 +57,7 @@ ray job submit \
     --save exp/InfiR2_RL_BF16_7B_stage2/checkpoints \
     --save-interval 20 \
     --tensorboard-dir exp/InfiR2_RL_BF16_7B_stage2/tensorboard \
+    --use-tensorboard \
     --actor-num-nodes 4 \
     --actor-num-gpus-per-node 8 \
     --colocate \

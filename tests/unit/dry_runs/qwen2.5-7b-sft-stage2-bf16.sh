@@ -1,3 +1,6 @@
+# preflight of this node: stops here, with the mend, where training would fail
+env SLIME_PATH=SLIME megatron-fp8 doctor \
+    --slime
 # a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); `ray stop` ends it
 ray start \
     --head \
@@ -8,7 +11,7 @@ ray start \
     --disable-usage-stats
 ray job submit \
     --address http://127.0.0.1:8265 \
-    --runtime-env-json '{"env_vars": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "PYTHONPATH": "SLIME"}}' \
+    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_SFT_BF16_7B_stage2/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "PYTHONPATH": "SLIME"}}' \
     -- python3 SLIME/train_async.py \
     --num-layers 28 \
     --hidden-size 3584 \
@@ -53,6 +56,7 @@ ray job submit \
     --tensor-model-parallel-size 4 \
     --lr 2e-5 \
     --min-lr 2e-6 \
+    --use-tensorboard \
     --actor-num-nodes 2 \
     --actor-num-gpus-per-node 8 \
     --expert-model-parallel-size 1 \

@@ -1,3 +1,6 @@
+# preflight of this node: stops here, with the mend, where training would fail
+env SLIME_PATH=SLIME megatron-fp8 doctor \
+    --slime
 # a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); `ray stop` ends it
 ray start \
     --head \
@@ -8,7 +11,7 @@ ray start \
     --disable-usage-stats
 ray job submit \
     --address http://127.0.0.1:8265 \
-    --runtime-env-json '{"env_vars": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "0", "PYTHONPATH": "SLIME"}}' \
+    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_SFT_FP8_7B_stage2/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "0", "PYTHONPATH": "SLIME"}}' \
     -- python3 SLIME/train_async.py \
     --num-layers 28 \
     --hidden-size 3584 \
@@ -53,6 +56,7 @@ ray job submit \
     --tensor-model-parallel-size 4 \
     --lr 2e-5 \
     --min-lr 2e-6 \
+    --use-tensorboard \
     --actor-num-nodes 2 \
     --actor-num-gpus-per-node 8 \
     --expert-model-parallel-size 1 \
@@ -87,11 +91,13 @@ cat > exp/InfiR2_SFT_FP8_7B_stage2/qwen2.5-7b-sft-stage2.sbatch <<'SBATCH'
 #SBATCH --output=exp/InfiR2_SFT_FP8_7B_stage2/slurm-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@1200
 # qwen2.5-7b-sft-stage2: Qwen2.5-7B, SFT stage 2 on InfiAlign-SFT-165k, five epochs
 # Safe to requeue: each start continues from the last checkpoint in the run's own folder.
 set -euo pipefail
 SRUN=(srun --kill-on-bad-exit=1)
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export TENSORBOARD_DIR=exp/InfiR2_SFT_FP8_7B_stage2/tensorboard
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export TORCH_NCCL_AVOID_RECORD_STREAMS=1
@@ -99,7 +105,15 @@ export NVTE_ALLOW_NONDETERMINISTIC_ALGO=1
 export NVTE_FP8_BLOCK_SCALING_FP32_SCALES=0
 
 # Preflight on every node: stops here, with the mend, where training would fail.
-"${SRUN[@]}" megatron-fp8 doctor
+"${SRUN[@]}" env SLIME_PATH=SLIME megatron-fp8 doctor --slime
+
+saved() { cat exp/InfiR2_SFT_FP8_7B_stage2/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null || echo 0; }
+before=$(saved)
+# Slurm's signal, 20 minutes before the end: once more, if further than before.
+again() {
+    if [ "$(saved)" -gt "$before" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+}
+trap again USR1
 
 # One Ray cluster inside this job. Its nodes talk over the cluster's network; the dashboard, whose
 # job API runs any code it is sent, listens on the head's loopback only.
@@ -110,7 +124,7 @@ sleep 20
 sleep 20
 srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" ray job submit \
     --address http://127.0.0.1:8265 \
-    --runtime-env-json '{"env_vars": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "0", "PYTHONPATH": "SLIME"}}' \
+    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_SFT_FP8_7B_stage2/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "0", "PYTHONPATH": "SLIME"}}' \
     -- python3 SLIME/train_async.py \
     --num-layers 28 \
     --hidden-size 3584 \
@@ -155,6 +169,7 @@ srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" ray job submit \
     --tensor-model-parallel-size 4 \
     --lr 2e-5 \
     --min-lr 2e-6 \
+    --use-tensorboard \
     --actor-num-nodes 2 \
     --actor-num-gpus-per-node 8 \
     --expert-model-parallel-size 1 \
@@ -176,6 +191,8 @@ srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" ray job submit \
     --fp8-format e4m3 \
     --fp8-recipe blockwise \
     --fp8-param-gather \
-    --load exp/InfiR2_SFT_FP8_7B_stage2/checkpoints
+    --load exp/InfiR2_SFT_FP8_7B_stage2/checkpoints &
+job=$!
+wait "$job" || { code=$?; [ "$code" -gt 128 ] && wait "$job"; }
 SBATCH
 sbatch exp/InfiR2_SFT_FP8_7B_stage2/qwen2.5-7b-sft-stage2.sbatch

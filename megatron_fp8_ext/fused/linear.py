@@ -1,0 +1,219 @@
+"""Linear layers with their casts: `norm_linear` and `cast_linear`, and what the whole MLP shares with them.
+
+Shapes: M tokens (sequence x batch, flattened), K input and N output features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fp8_ext.fused.gemm import Gemm, Weight
+from megatron_fp8_ext.fused.parallel import Parallel
+from megatron_fp8_ext.kernels import main_grad
+from megatron_fp8_ext.kernels.cast import BlockCast, cast_1x128
+from megatron_fp8_ext.kernels.rmsnorm import (
+    rmsnorm_backward_cast,
+    rmsnorm_cast,
+    rmsnorm_columns,
+)
+from megatron_fp8_ext.recipe import ScaleFormat
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a block computes.
+
+    Attributes:
+        gemm: who multiplies.
+        scale_format: `power_of_two` or `float32`.
+        parallel: tensor parallelism; None on one rank.
+    """
+
+    gemm: Gemm
+    scale_format: ScaleFormat
+    parallel: Parallel | None = None
+
+    def gather(self, cast: BlockCast) -> BlockCast:
+        """Under sequence parallelism, the cast of all tokens."""
+        return cast if self.parallel is None else self.parallel.gather(cast)
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        """Under tensor parallelism, the sum over the ranks."""
+        return partial if self.parallel is None else self.parallel.reduce(partial)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The weight of a linear layer.
+
+    Attributes:
+        parameter: `[N, K]`, what gets the gradient (it may hold FP8 itself).
+        operand: its 128x128 cast for `Setup.gemm`, both uses.
+        accumulate: whether `main_grad` already has gradients of this step to add to.
+    """
+
+    parameter: Tensor
+    operand: Weight
+    accumulate: bool = True
+
+    def gradient(self, gemm: Gemm, x: BlockCast, dy: BlockCast) -> Tensor:
+        """Add the gradient to Megatron's buffer, or return it where there is none."""
+        buffer = main_grad.of(self.parameter)
+        if buffer is None:
+            return gemm.wgrad(x, dy, None, accumulate=False)
+        # A layer used twice in the first micro-batch: its second gradient is added all the same.
+        add = self.accumulate or bool(self.parameter.grad_added_to_main_grad)
+        overwrite = getattr(self.parameter, "overwrite_main_grad", False)
+        gemm.wgrad(x, dy, buffer, accumulate=add and not overwrite)
+        return main_grad.dummy(self.parameter)
+
+
+def flat(x: Tensor) -> Tensor:
+    """`[..., K]` as a contiguous matrix."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def norm_linear(
+    x: Tensor, gain: Tensor, eps: float, linear: Linear, bias: Tensor | None, setup: Setup
+) -> Tensor:
+    """RMSNorm, then a (column-parallel) linear layer: norm-QKV.
+
+    Kept for the backward: `x` and 4 bytes a token. The operand of wgrad is computed again from them.
+
+    Args:
+        x: `[..., K]` BF16; under sequence parallelism this rank's tokens.
+        gain: `[K]`, the norm's weight.
+        eps: the norm's epsilon.
+        linear: this rank's rows of the weight.
+        bias: `[N]`, or None.
+        setup: see `Setup`.
+
+    Returns:
+        `[..., N]` BF16, of all tokens.
+    """
+    if torch.is_grad_enabled():
+        out: Tensor = _NormLinear.apply(x, gain, linear.parameter, bias, eps, linear, setup)
+        return out
+    return _norm_linear(flat(x), gain, eps, linear, bias, setup)[0].view(
+        -1, *x.shape[1:-1], linear.parameter.shape[0]
+    )
+
+
+def _norm_linear(
+    x: Tensor, gain: Tensor, eps: float, linear: Linear, bias: Tensor | None, setup: Setup
+) -> tuple[Tensor, Tensor]:
+    normed = rmsnorm_cast(x, gain, eps, setup.scale_format, columns=False)
+    y = setup.gemm.fprop(setup.gather(normed.cast), linear.operand, bias)
+    return y, normed.rstd
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gain: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        linear: Linear,
+        setup: Setup,
+    ) -> Tensor:
+        matrix = flat(x)
+        y, rstd = _norm_linear(matrix, gain, eps, linear, bias, setup)
+        ctx.save_for_backward(matrix, gain, rstd)
+        ctx.linear, ctx.setup, ctx.shape, ctx.has_bias = linear, setup, x.shape, bias is not None
+        # Under sequence parallelism the first dimension grows to that of all tokens.
+        return y.view(-1, *x.shape[1:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, rstd = ctx.saved_tensors
+        setup: Setup = ctx.setup
+        dy = flat(grad)
+        dy_cast = cast_1x128(dy, setup.scale_format)
+        db = dy.sum(dim=0) if ctx.has_bias else None
+        del dy, grad
+        dx, dgain, dw = norm_column_backward(
+            x, gain, rstd, dy_cast, ctx.linear, setup, ctx.needs_input_grad[2]
+        )
+        return dx.view(ctx.shape), dgain, dw, db, None, None, None
+
+
+def norm_column_backward(
+    x: Tensor,
+    gain: Tensor,
+    rstd: Tensor,
+    dy: BlockCast,
+    linear: Linear,
+    setup: Setup,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Backward of RMSNorm and the column-parallel linear layer after it, from the cast of dy.
+
+    Returns:
+        (gradient of `x`, of the norm's weight in its dtype, of the linear layer's weight).
+    """
+    dn = setup.reduce(setup.gemm.dgrad(dy, linear.operand))
+    dw = None
+    if want_weight:
+        normed = setup.gather(rmsnorm_columns(x, gain, rstd, setup.scale_format))
+        dw = linear.gradient(setup.gemm, normed, dy)
+        del normed
+    gradients = rmsnorm_backward_cast(
+        dn, x, gain, rstd, setup.scale_format, rows=False, columns=False
+    )
+    return gradients.dx, gradients.dweight.to(gain.dtype), dw
+
+
+def cast_linear(x: Tensor, linear: Linear, setup: Setup) -> Tensor:
+    """A (row-parallel) linear layer without bias: the attention's projection.
+
+    Kept for the backward: `x` itself. The attention before it keeps its result too, where it returns it
+    as it lies; then that costs nothing, and the cast for wgrad is made in the backward.
+
+    Args:
+        x: `[..., K]` BF16, of all tokens: this rank's input features.
+        linear: this rank's columns of the weight.
+        setup: see `Setup`.
+
+    Returns:
+        `[..., N]` BF16, summed over the ranks; this rank's tokens under sequence parallelism.
+    """
+    if torch.is_grad_enabled():
+        out: Tensor = _CastLinear.apply(x, linear.parameter, linear, setup)
+        return out
+    return _cast_linear(flat(x), linear, setup).view(-1, *x.shape[1:-1], linear.parameter.shape[0])
+
+
+def _cast_linear(x: Tensor, linear: Linear, setup: Setup) -> Tensor:
+    rows = cast_1x128(x, setup.scale_format, columns=False)
+    return setup.reduce(setup.gemm.fprop(rows, linear.operand))
+
+
+class _CastLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, linear: Linear, setup: Setup) -> Tensor:
+        matrix = flat(x)
+        y = _cast_linear(matrix, linear, setup)
+        ctx.save_for_backward(matrix)
+        ctx.linear, ctx.setup, ctx.shape = linear, setup, x.shape
+        return y.view(-1, *x.shape[1:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        linear, setup = ctx.linear, ctx.setup
+        dy = setup.gather(cast_1x128(flat(grad), setup.scale_format))
+        dw = None
+        if ctx.needs_input_grad[1]:
+            columns = cast_1x128(x, setup.scale_format, rows=False)
+            dw = linear.gradient(setup.gemm, columns, dy)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = setup.gemm.dgrad(dy, linear.operand).view(ctx.shape)
+        return dx, dw, None, None

@@ -1,0 +1,26 @@
+"""Megatron's gradient buffers: where a weight's gradient is added in the backward, without a copy of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def of(weight: Tensor) -> Tensor | None:
+    """The buffer, where Megatron's data parallelism keeps one and knows that we may add to it."""
+    if not hasattr(weight, "grad_added_to_main_grad") or hasattr(weight, "__fsdp_param__"):
+        return None
+    buffer: Tensor | None = getattr(weight, "main_grad", None)
+    return buffer
+
+
+def dummy(weight: Tensor) -> Tensor:
+    """Tell Megatron that `main_grad` has the gradient, and return what its hooks want to see.
+
+    A weight shared with the embedding says `zero_out_wgrad`: autograd adds the embedding's gradient to
+    what we return, and Megatron adds that sum to `main_grad`.
+    """
+    weight.grad_added_to_main_grad = True
+    make = torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty
+    # Not `empty_like`: the weight may be a tensor subclass that holds FP8.
+    return make(weight.shape, dtype=weight.dtype, device=weight.device)

@@ -1,0 +1,60 @@
+"""`--no-infir2-fused` and `--infir2-fp8-stash`. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.megatron_plugin import arguments
+
+OFF = "--no-infir2-fused"
+STASH = "--infir2-fp8-stash"
+FLAGS = (OFF, STASH)
+# The way in where no command line reaches (a Ray actor): `off`, `on` or `stash`.
+VARIABLE = "MEGATRON_FP8_EXT_FUSED"
+HELP = {
+    OFF: "compute every layer as TransformerEngine does, without the fused functions",
+    STASH: "keep fc1's output for the backward as its 1x128 FP8 cast instead of BF16 (less memory)",
+}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What the run asks of the fused path.
+
+    Attributes:
+        on: whether layers may be fused.
+        stash: whether a fused MLP keeps fc1's output in FP8.
+    """
+
+    on: bool
+    stash: bool
+
+    @property
+    def text(self) -> str:
+        """The value of VARIABLE that says the same."""
+        return "stash" if self.stash else "on" if self.on else "off"
+
+
+NOT_FUSED = Fused(on=False, stash=False)
+
+
+def take(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[list[str], Fused]:
+    """Return `argv` without our two flags, and what they ask for; on by itself.
+
+    Raises:
+        UserError: both flags, or an unknown value in the environment.
+    """
+    off, stash = (arguments.has(argv, flag) for flag in FLAGS)
+    if off and stash:
+        raise UserError(f"{OFF} contradicts {STASH}: only a fused layer has that stash; drop one")
+    inherited = environ.get(VARIABLE, "on")
+    if inherited not in ("off", "on", "stash"):
+        raise UserError(f"{VARIABLE}={inherited} in the environment: give it off, on or stash")
+    out = list(argv)
+    for flag in FLAGS:
+        out = arguments.without(out, flag, takes_value=False)
+    if off or stash:
+        return out, Fused(on=not off, stash=stash)
+    return out, Fused(on=inherited != "off", stash=inherited == "stash")

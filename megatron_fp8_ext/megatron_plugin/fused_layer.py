@@ -1,0 +1,196 @@
+"""The fused path in the layers that Megatron builds from TransformerEngine's modules.
+
+The modules stay what they are: parameters, their names, initialization, checkpoints, tensor-parallel
+attributes and the optimizer never see a difference. What changes is how `forward` of three classes computes
+where `why_not` finds no reason against it; a module with a reason keeps TransformerEngine's path.
+
+    TELayerNormColumnParallelLinear  norm-QKV (and fc1, where its MLP is not fused)
+    TERowParallelLinear              the attention's projection
+    MLP                              norm, fc1, SwiGLU and fc2 in one function
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from types import ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from megatron_fp8_ext.megatron_plugin import fused_rules, run
+
+# Why a module is not fused, or None; and how a fused one computes. Beside the modules, not in them: they
+# are copied and pickled.
+_verdicts: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+_setups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+# Modules of this process by kind and by what became of them, for the line on rank 0.
+_counts: Counter[tuple[str, str]] = Counter()
+
+
+def te_linears(module: ModuleType) -> None:
+    """Patch the two linear layers of `megatron.core.extensions.transformer_engine`."""
+    if not hasattr(module, "TELayerNormColumnParallelLinear"):
+        return  # Megatron without TransformerEngine
+    column, linear = module.TELayerNormColumnParallelLinear, module.TELinear
+    native_column, native_linear = column.forward, linear.forward
+
+    @functools.wraps(native_column)
+    def column_forward(self: Any, x: Any) -> Any:
+        if not _fused(self, "norm + linear", x):
+            return native_column(self, x)
+        return _norm_linear(self, x), None
+
+    @functools.wraps(native_linear)
+    def linear_forward(self: Any, x: Any) -> Any:
+        # The class above it serves duplicated and column-parallel layers as well.
+        if not isinstance(self, module.TERowParallelLinear) or not _fused(self, "linear", x):
+            return native_linear(self, x)
+        return _linear(self, x), None
+
+    column.forward, linear.forward = column_forward, linear_forward
+
+
+def mlp(module: ModuleType) -> None:
+    """Patch `MLP` of `megatron.core.transformer.mlp`."""
+    native = module.MLP.forward
+
+    @functools.wraps(native)
+    def forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        weights = args[0] if args else kwargs.get("per_token_scale")
+        if (
+            weights is not None
+            or type(self) is not module.MLP
+            or not _fused(self, "MLP", hidden_states)
+        ):
+            return native(self, hidden_states, *args, **kwargs)
+        return _mlp(self, hidden_states), None
+
+    module.MLP.forward = forward
+
+
+def _fused(module: Any, kind: str, x: Any) -> bool:
+    """Whether this call goes through the fused function."""
+    if not run.current.fused:
+        return False
+    if fused_rules.machine_gap() is None and not fused_rules.fp8_enabled():
+        return False  # a layer that stays in BF16
+    if module not in _verdicts:
+        verdict = _verdicts[module] = fused_rules.why_not(module, kind)
+        _counts[(kind, verdict or "fused")] += 1
+    return _verdicts[module] is None and fused_rules.not_this_time(module, kind, x) is None
+
+
+@functools.cache
+def _gemm() -> Any:
+    from megatron_fp8_ext.megatron_plugin.te_gemm import TEGemm
+
+    return TEGemm()
+
+
+def _setup(module: Any) -> Any:
+    """How this module's linear layers compute; made once."""
+    setup = _setups.get(module)
+    if setup is None:
+        from megatron_fp8_ext.fused.linear import Setup
+        from megatron_fp8_ext.fused.parallel import Parallel
+
+        parallel = None
+        if module.tp_size > 1:
+            parallel = Parallel(module.tp_group, bool(module.sequence_parallel))
+        assert run.current.recipe is not None
+        setup = _setups[module] = Setup(_gemm(), run.current.recipe.scale_format, parallel)
+    return setup
+
+
+class _Prepared:
+    """TransformerEngine's own bookkeeping around a forward, and the layer's weight."""
+
+    def __init__(self, module: Any, x: Any) -> None:
+        self.module = module
+        self.x = module.prepare_forward(x)
+
+    def __enter__(self) -> Any:
+        from megatron_fp8_ext.fused.linear import Linear
+        from megatron_fp8_ext.megatron_plugin.te_gemm import weight_operand
+
+        module = self.module
+        first = None if module.disable_parameter_transpose_cache else module.is_first_microbatch
+        # As TransformerEngine with fused accumulation: the step's first gradient overwrites.
+        linear = Linear(module.weight, weight_operand(module, first), accumulate=first is not True)
+        module.is_first_microbatch = False
+        return linear
+
+    def __exit__(self, *error: object) -> None:
+        self.module.end_forward()
+
+
+def _norm_linear(module: Any, x: Any) -> Any:
+    from megatron_fp8_ext.fused.linear import norm_linear
+
+    prepared = _Prepared(module, x)
+    with prepared as linear:
+        bias = module.bias if module.use_bias else None
+        return norm_linear(
+            prepared.x, module.layer_norm_weight, module.eps, linear, bias, _setup(module)
+        )
+
+
+def _linear(module: Any, x: Any) -> Any:
+    from megatron_fp8_ext.fused.linear import cast_linear
+
+    prepared = _Prepared(module, x)
+    with prepared as linear:
+        return cast_linear(prepared.x, linear, _setup(module))
+
+
+def _mlp(module: Any, x: Any) -> Any:
+    from megatron_fp8_ext.fused.mlp import Block
+    from megatron_fp8_ext.fused.mlp import mlp as fused
+
+    fc1, fc2 = module.linear_fc1, module.linear_fc2
+    for layer in (fc1, fc2):
+        # Megatron's overlapped parameter gather waits for a layer's weights in such a hook.
+        for hook in layer._forward_pre_hooks.values():
+            hook(layer, ())
+    outer = _Prepared(fc1, x)
+    with outer as first, _Prepared(fc2, outer.x) as second:
+        block = Block(first, second, fc1.eps, _setup(fc1), run.current.fp8_stash)
+        return fused(outer.x, fc1.layer_norm_weight, block)
+
+
+def summary() -> str | None:
+    """One line: how many modules are fused, and why others are not; None before any forward."""
+    if not _counts:
+        return None
+    parts = []
+    for kind in ("norm + linear", "linear", "MLP"):
+        found = {why: count for (name, why), count in _counts.items() if name == kind}
+        total = sum(found.values())
+        if not total:
+            continue
+        part = f"{kind} {found.pop('fused', 0)} of {total}"
+        if found:
+            part += f" ({'; '.join(f'{count}: {why}' for why, count in sorted(found.items()))})"
+        parts.append(part)
+    stash = ", fc1's output kept in FP8" if run.current.fp8_stash else ""
+    return f"fused layers: {', '.join(parts)}{stash}"
+
+
+def say_after_first_step(module: ModuleType) -> None:
+    """Wrap `train_step` of `megatron.training.training`: after the first, say what was fused."""
+    native = module.train_step
+    said = False
+
+    @functools.wraps(native)
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal said
+        result = native(*args, **kwargs)
+        if not said:
+            said = True
+            line = summary()
+            if line is not None:
+                run.say(line)
+        return result
+
+    module.train_step = train_step  # type: ignore[attr-defined]

@@ -1,0 +1,113 @@
+"""TransformerEngine's block-scaled GEMM under the fused functions, and its FP8 weights as their operands.
+
+Written against TransformerEngine 2.20 (`pytorch/module/layernorm_linear.py`, `module/base.py`): the calls and
+their order are those of its own modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fp8_ext.kernels.cast import BlockCast
+
+
+def _wrap(cast: BlockCast) -> Any:
+    """A cast as TransformerEngine's light tensor, without a copy; its GEMM reads no quantizer."""
+    import transformer_engine_torch as tex
+    from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import (
+        Float8BlockwiseQTensorStorage,
+    )
+
+    rows, columns = cast.rows or (None, None), cast.columns or (None, None)
+    return Float8BlockwiseQTensorStorage(
+        rowwise_data=rows[0],
+        rowwise_scale_inv=rows[1],
+        columnwise_data=columns[0],
+        columnwise_scale_inv=columns[1],
+        fp8_dtype=tex.DType.kFloat8E4M3,
+        quantizer=None,
+        is_2D_scaled=cast.square,
+        fake_dtype=torch.bfloat16,
+    )
+
+
+class TEGemm:
+    """The protocol of `fused.gemm` by `general_gemm`; the weight is TransformerEngine's FP8 tensor."""
+
+    def __init__(self) -> None:
+        from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+        self._gemm = general_gemm
+
+    def fprop(self, x: BlockCast, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b, `[M, N]` BF16."""
+        y: Tensor = self._gemm(
+            weight, _wrap(x), out_dtype=torch.bfloat16, bias=bias, use_split_accumulator=True
+        )[0]
+        return y
+
+    def dgrad(self, dy: BlockCast, weight: Any) -> Tensor:
+        """dy W, `[M, K]` BF16."""
+        weight.update_usage(columnwise_usage=True)
+        dx: Tensor = self._gemm(
+            weight,
+            _wrap(dy),
+            layout="NN",
+            grad=True,
+            out_dtype=torch.bfloat16,
+            use_split_accumulator=True,
+        )[0]
+        return dx
+
+    def wgrad(self, x: BlockCast, dy: BlockCast, out: Tensor | None, accumulate: bool) -> Tensor:
+        """dy^T x, `[N, K]`, into `out` (its dtype; added to it, if `accumulate`) or as new BF16."""
+        dw: Tensor = self._gemm(
+            _wrap(x._replace(rows=None)),
+            _wrap(dy),
+            layout="NT",
+            grad=True,
+            out=out,
+            out_dtype=torch.bfloat16 if out is None else out.dtype,
+            accumulate=accumulate,
+            use_split_accumulator=True,
+        )[0]
+        return dw
+
+
+def weight_operand(module: Any, first_microbatch: bool | None) -> Any:
+    """Return the FP8 weight of a TransformerEngine linear layer as its own forward would.
+
+    A weight that is kept in FP8 is itself the operand; another one is cast, once a step where Megatron tells
+    the first micro-batch, and kept in the module as TransformerEngine keeps it.
+
+    Args:
+        module: a `Linear` or `LayerNormLinear` inside its `prepare_forward`.
+        first_microbatch: None where the cast is not to be kept.
+    """
+    from transformer_engine.pytorch.module.base import quantize_weight
+    from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
+
+    weight = module.weight
+    (quantizer,) = module._get_weight_quantizers()
+    quantizer.optimize_for_gemm = module._enable_weight_preswizzle(quantizer, weight)
+    if isinstance(weight, QuantizedTensorStorage):
+        quantizer = weight._quantizer
+    else:
+        quantizer.set_usage(rowwise=True, columnwise=torch.is_grad_enabled())
+    keep = first_microbatch is not None
+    operand, made = quantize_weight(
+        # Not the parameter's graph: the cast has no gradient.
+        tensor=weight if isinstance(weight, QuantizedTensorStorage) else weight.detach(),
+        quantizer=quantizer,
+        workspace=module._fp8_workspaces.get("weight") if keep else None,
+        update_workspace=first_microbatch is None or first_microbatch,
+        workspace_dtype=torch.bfloat16,
+        cache=keep,
+    )
+    operand.update_usage(rowwise_usage=True)
+    if made is not None and keep:
+        module._fp8_workspaces["weight"] = made.detach() if isinstance(made, Tensor) else made
+    return operand

@@ -1,0 +1,167 @@
+"""What stopped a slime run, in one line, and a watch over rollout servers that nobody else watches.
+
+slime waits for a rollout server without a limit: one that hangs holds the run for ever, one that died ends
+it after 60 retries with a traceback of httpx. Servers that slime starts itself are watched by its
+`--use-fault-tolerance`; those of `--rollout-external-engine-addrs` are watched here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_fp8_ext.errors import UserError
+
+# SGLang's own probe that generates a token: a server that hangs does not answer it.
+_PROBE = "/health_generate"
+_INTERVAL = 10.0
+
+
+def answers(url: str, timeout: float) -> bool:
+    """Whether the rollout server at `url` generates a token within `timeout` seconds."""
+    try:
+        with urllib.request.urlopen(f"{url}{_PROBE}", timeout=timeout) as response:
+            return bool(response.status == 200)
+    except (OSError, urllib.error.URLError, ValueError):
+        return False
+
+
+class Watch:
+    """A thread that interrupts this process when a rollout server stays silent.
+
+    Attributes:
+        reason: why it interrupted; None while all is well.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        patience: float,
+        probe: Callable[[str, float], bool] = answers,
+        interval: float = _INTERVAL,
+    ) -> None:
+        """Watch `urls`, each of which may be silent for `patience` seconds."""
+        self.urls, self.patience, self.interval = list(urls), patience, interval
+        self.reason: str | None = None
+        self._probe = probe
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        heard = dict.fromkeys(self.urls, time.monotonic())
+        while not self._stop.wait(self.interval):
+            for url in self.urls:
+                if self._probe(url, self.patience):
+                    heard[url] = time.monotonic()
+                silent = time.monotonic() - heard[url]
+                if silent >= self.patience and not self._stop.is_set():
+                    self.reason = f"rollout server {url} has not generated for {silent:.0f} s"
+                    # The main thread waits inside ray.get, which a signal ends.
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
+
+    def start(self) -> None:
+        """Begin to ask."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Never interrupt from now on."""
+        self._stop.set()
+
+
+@contextlib.contextmanager
+def watched(args: Any) -> Iterator[None]:
+    """Within it, a silent external rollout server ends the run.
+
+    Args:
+        args: slime's arguments: `rollout_external_engine_addrs`, `rollout_patience` (seconds, 0: no watch).
+
+    Raises:
+        UserError: names the server and how long it was silent.
+    """
+    addresses = getattr(args, "rollout_external_engine_addrs", None) or []
+    patience = float(getattr(args, "rollout_patience", None) or 0)
+    if not addresses or not patience:
+        yield
+        return
+    watch = Watch([a if "://" in a else f"http://{a}" for a in addresses], patience)
+    watch.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if watch.reason is None:
+            raise
+        raise UserError(
+            f"{watch.reason}; see its log, start it again, then {resume(args)}"
+        ) from None
+    except Exception:
+        # The server may have died and slime's retries ended before our patience did.
+        silent = [url for url in watch.urls if not answers(url, 5)]
+        if not silent:
+            raise
+        raise UserError(
+            f"rollout server {silent[0]} does not answer; see its log, start it again, then {resume(args)}"
+        ) from None
+    finally:
+        watch.stop()
+
+
+def resume(args: Any) -> str:
+    """Return what to do to go on, with the step that a second run starts from."""
+    folder = getattr(args, "save", None)
+    if not folder:
+        return "start the same command again (without --save it begins anew)"
+    tracker = Path(folder) / "latest_checkpointed_iteration.txt"
+    last = tracker.read_text().strip() if tracker.is_file() else None
+    if last is None:
+        return "start the same command again (no checkpoint is complete yet)"
+    return f"start the same command again with --load {folder}: it goes on after rollout {last}"
+
+
+def explain(error: BaseException, args: Any) -> UserError | None:
+    """Return what a user should read in place of Ray's traceback; None where it is a bug.
+
+    Args:
+        error: what slime's `train` raised.
+        args: slime's arguments.
+    """
+    chain = list(_causes(error))
+    for seen in chain:
+        if isinstance(seen, UserError):
+            return UserError(str(getattr(seen, "cause", None) or seen).strip().splitlines()[-1])
+    for seen in chain:
+        text = f"{type(seen).__name__}: {seen}"
+        if getattr(seen, "errno", None) == errno.ENOSPC or "No space left on device" in text:
+            folder = getattr(args, "save", None) or getattr(args, "update_weight_disk_dir", None)
+            return UserError(f"no space left for {folder}: make room, then {resume(args)}")
+    import ray
+
+    for seen in chain:
+        if isinstance(seen, ray.exceptions.OutOfMemoryError):
+            return UserError(
+                f"Ray killed a worker because the node ran out of memory; {resume(args)}"
+            )
+        if isinstance(seen, (ray.exceptions.ActorDiedError, ray.exceptions.WorkerCrashedError)):
+            who = getattr(seen, "_actor_init_failed", None)
+            what = "an actor could not start" if who else "an actor died in the middle of its work"
+            return UserError(
+                f"{what} (killed, out of memory, or a crash of its process; Ray's log: "
+                f"/tmp/ray/session_latest/logs); {resume(args)}"
+            )
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = getattr(seen, "cause", None) or seen.__cause__

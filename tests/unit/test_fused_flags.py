@@ -1,0 +1,65 @@
+"""`--no-infir2-fused` and `--infir2-fp8-stash`, as part of what a command becomes."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.megatron_plugin import flags, fused_flags
+
+GPU = flags.Facts(options=frozenset())
+BASE = ("--bf16", "--fp8-recipe", "infir2")
+
+
+@pytest.mark.parametrize(
+    ("written", "inherited", "want"),
+    [
+        ((), None, "on"),
+        (("--no-infir2-fused",), None, "off"),
+        (("--infir2-fp8-stash",), None, "stash"),
+        ((), "off", "off"),
+        ((), "stash", "stash"),
+        (("--infir2-fp8-stash",), "off", "stash"),
+    ],
+)
+def test_on_by_itself(written, inherited, want):
+    environ = {} if inherited is None else {fused_flags.VARIABLE: inherited}
+    out = flags.expand([*BASE, *written], flags.Facts(options=frozenset(), environ=environ))
+    assert out.fused.text == want
+    assert not set(out.argv) & set(fused_flags.FLAGS)
+    layers = {
+        "on": "fused where possible |",
+        "off": "TransformerEngine's (",
+        "stash": "kept in FP8",
+    }
+    assert layers[want] in out.notes[0]
+
+
+def test_emulated_layers_are_not_fused():
+    out = flags.expand([*BASE, "--infir2-fp8-stash", "--fp8-emulate"], GPU)
+    assert out.fused == fused_flags.NOT_FUSED and "layers:" not in out.notes[0]
+    assert any("--infir2-fp8-stash: emulated layers keep BF16" in note for note in out.notes)
+
+
+def test_our_recipes_alone_are_fused():
+    for argv in (["--bf16"], ["--bf16", "--fp8-recipe", "bf16"]):
+        assert flags.expand(argv, GPU).fused == fused_flags.NOT_FUSED
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((*BASE, *fused_flags.FLAGS), "contradicts"),
+        (("--bf16", "--infir2-fp8-stash"), "needs one of our recipes"),
+        (("--bf16", "--fp8-recipe", "bf16", "--no-infir2-fused"), "contradicts --no-infir2-fused"),
+    ],
+)
+def test_contradictions(argv, message):
+    with pytest.raises(UserError, match=message):
+        flags.expand(argv, GPU)
+
+
+def test_a_wrong_variable():
+    facts = flags.Facts(options=frozenset(), environ={fused_flags.VARIABLE: "yes"})
+    with pytest.raises(UserError, match="give it off, on or stash"):
+        flags.expand(BASE, facts)
