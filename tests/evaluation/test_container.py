@@ -21,6 +21,7 @@ from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.evaluation import benchmarks, container, datasets, evalscope, results, sandbox
 
 pytestmark = pytest.mark.slow
+SERVER = Path(__file__).with_name("scripted_server.py")
 TESTS = [{"input": "1 2\n", "output": "3\n"}, {"input": "20 22\n", "output": "42\n"}]
 CALLS = [{"input": "[1, 2, 1]", "output": "2"}]
 STARTER = "class Solution:\n    def most(self, values: List[int]) -> int:\n        "
@@ -52,28 +53,6 @@ PROGRAMS = {
         "import json\n" + STARTER + "return max(values)",
     ),
 }
-SERVER = """
-import collections, http.server, json, sys
-port, answers, seen = int(sys.argv[1]), json.load(open(sys.argv[2])), collections.Counter()
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = asked["messages"][-1]["content"]
-        kind = 1 if "most" in text else 0
-        said = "yes"
-        if "### Question" in text:
-            said = "<think>```python\\nprint(0)\\n```</think>```python\\n%s\\n```" % answers[seen[kind]][
-                kind].replace("{port}", str(port))
-            seen[kind] += 1
-        body = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m",
-            "choices": [{"index": 0, "finish_reason": "stop",
-                         "message": {"role": "assistant", "content": said}}],
-            "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}).encode()
-        self.send_response(200); self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Type", "application/json")
-        self.end_headers(); self.wfile.write(body)
-http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,11 +79,10 @@ def command(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"0")
-    (tmp_path / "server.py").write_text(SERVER)
     outside = str(tmp_path / "outside")
     answers = [[p.replace("{outside}", outside) for p in pair] for pair in PROGRAMS.values()]
     (tmp_path / "answers.json").write_text(json.dumps(answers))
-    server = f"{sys.executable} {tmp_path / 'server.py'} {{port}} {tmp_path / 'answers.json'}"
+    server = f"{sys.executable} {SERVER} {{port}} {tmp_path / 'answers.json'}"
     return [
         sys.executable, "-m", "megatron_fp8_ext.cli", "eval", "livecodebench",
         "--model", str(tmp_path / "model"), "--server-command", server, "--data", str(tmp_path),
