@@ -171,7 +171,7 @@ def test_a_container_that_dies_is_no_wrong_answer(command, tmp_path):
     while not (results.finished(work) and (found := containers(work))):
         assert runner.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.1)
-    subprocess.run(["docker", "rm", "-f", *found], check=True, capture_output=True)
+    subprocess.run(["docker", "rm", "-fv", *found], check=True, capture_output=True)
     assert runner.wait(300) == 0, (tmp_path / "log").read_text()
     told = " ".join((tmp_path / "log").read_text().split())
     assert "exit code 70 (the container sandbox-" in told in told
