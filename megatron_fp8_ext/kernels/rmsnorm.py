@@ -32,8 +32,9 @@ from megatron_fp8_ext.recipe import ScaleFormat
 
 # Longest row that one program keeps in registers (7B: 3584, 32B: 5120, 72B: 8192).
 MAX_HIDDEN = 16384
-# Programs of the backward, each with its own partial sum of the weight's gradient.
-_BACKWARD_PROGRAMS_PER_SM = 4
+# Warps of the backward that its registers leave room for on a multiprocessor (61 at 8 elements a thread);
+# each program of them has its own partial sum of the weight's gradient.
+_BACKWARD_WARPS_PER_SM = 32
 
 
 @triton.jit
@@ -256,7 +257,8 @@ def rmsnorm_backward_cast(
             raise ValueError(f"RMSNorm's {name} must be [{m}, {h}], got {tuple(tensor.shape)}")
     out = cast.allocate(m, h, x.device, (rows, False))
     dx = torch.empty((m, h), dtype=torch.bfloat16, device=x.device)
-    programs = max(1, min(m, _processors(x.device) * _BACKWARD_PROGRAMS_PER_SM))
+    warps = max(1, min(16, width // 256))
+    programs = max(1, min(m, _processors(x.device) * (_BACKWARD_WARPS_PER_SM // warps)))
     dweight = torch.empty((programs, h), dtype=torch.float32, device=x.device)
     codes, scales, _, _, stride, _ = cast.pointers(out, x)
     _backward_kernel[(programs,)](
@@ -267,7 +269,7 @@ def rmsnorm_backward_cast(
         ROWS=rows,
         WIDTH=width,
         RESIDUAL=residual is not None,
-        num_warps=_row_warps(width),
+        num_warps=warps,
     )  # fmt: skip
     if columns:
         late = cast.cast_1x128(dx, scale_format, rows=False)

@@ -6,6 +6,8 @@ their order are those of its own modules.
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,20 +16,36 @@ from torch import Tensor
 from megatron_fp8_ext.kernels.cast import BlockCast
 
 
-def _wrap(cast: BlockCast) -> Any:
-    """A cast as TransformerEngine's light tensor, without a copy; its GEMM reads no quantizer."""
+@functools.cache
+def _te() -> Any:
+    """What is used of TransformerEngine, looked up once: this runs for every GEMM."""
     import transformer_engine_torch as tex
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+    from transformer_engine.pytorch.module.base import quantize_weight
+    from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
     from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import (
         Float8BlockwiseQTensorStorage,
     )
 
+    return SimpleNamespace(
+        e4m3=tex.DType.kFloat8E4M3,
+        gemm=general_gemm,
+        quantize_weight=quantize_weight,
+        Quantized=QuantizedTensorStorage,
+        Blockwise=Float8BlockwiseQTensorStorage,
+    )
+
+
+def _wrap(cast: BlockCast) -> Any:
+    """A cast as TransformerEngine's light tensor, without a copy; its GEMM reads no quantizer."""
     rows, columns = cast.rows or (None, None), cast.columns or (None, None)
-    return Float8BlockwiseQTensorStorage(
+    te = _te()
+    return te.Blockwise(
         rowwise_data=rows[0],
         rowwise_scale_inv=rows[1],
         columnwise_data=columns[0],
         columnwise_scale_inv=columns[1],
-        fp8_dtype=tex.DType.kFloat8E4M3,
+        fp8_dtype=te.e4m3,
         quantizer=None,
         is_2D_scaled=cast.square,
         fake_dtype=torch.bfloat16,
@@ -38,9 +56,7 @@ class TEGemm:
     """The protocol of `fused.gemm` by `general_gemm`; the weight is TransformerEngine's FP8 tensor."""
 
     def __init__(self) -> None:
-        from transformer_engine.pytorch.cpp_extensions import general_gemm
-
-        self._gemm = general_gemm
+        self._gemm = _te().gemm
 
     def fprop(self, x: BlockCast, weight: Any, bias: Tensor | None = None) -> Tensor:
         """x W^T + b, `[M, N]` BF16."""
@@ -87,20 +103,18 @@ def weight_operand(module: Any, first_microbatch: bool | None) -> Any:
         module: a `Linear` or `LayerNormLinear` inside its `prepare_forward`.
         first_microbatch: None where the cast is not to be kept.
     """
-    from transformer_engine.pytorch.module.base import quantize_weight
-    from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
-
-    weight = module.weight
+    te, weight = _te(), module.weight
+    quantized = isinstance(weight, te.Quantized)
     (quantizer,) = module._get_weight_quantizers()
     quantizer.optimize_for_gemm = module._enable_weight_preswizzle(quantizer, weight)
-    if isinstance(weight, QuantizedTensorStorage):
+    if quantized:
         quantizer = weight._quantizer
     else:
         quantizer.set_usage(rowwise=True, columnwise=torch.is_grad_enabled())
     keep = first_microbatch is not None
-    operand, made = quantize_weight(
+    operand, made = te.quantize_weight(
         # Not the parameter's graph: the cast has no gradient.
-        tensor=weight if isinstance(weight, QuantizedTensorStorage) else weight.detach(),
+        tensor=weight if quantized else weight.detach(),
         quantizer=quantizer,
         workspace=module._fp8_workspaces.get("weight") if keep else None,
         update_workspace=first_microbatch is None or first_microbatch,

@@ -161,8 +161,8 @@ def test_mlp(seam, monkeypatch):
     layer, x = seam(), random(16, 2, H, seed=1)
     mine, theirs = both_ways(layer, x, monkeypatch)
     for got, want in zip(mine, theirs, strict=True):
-        # Megatron's own SwiGLU on the CPU rounds twice, and flips codes by it.
-        assert sqnr(got.detach(), want.detach()) > 35
+        # Megatron's own SwiGLU on the CPU rounds twice, and flips codes by it; a wrong wire has under 10.
+        assert sqnr(got.detach(), want.detach()) > 30
     for linear_layer in (layer.linear_fc1, layer.linear_fc2):
         assert linear_layer.calls == ["prepare", "end", "native"]
     assert fused_layer.summary() == "fused layers: MLP 1 of 1"
