@@ -211,7 +211,9 @@ def _dry_run(settings: Any, spec: Any, folder: Path) -> None:
     print(json.dumps(calls, indent=1))
     if spec.kind != "openai":
         with tempfile.TemporaryDirectory() as place:
-            words, extra = serving.command(spec, spec.port, "KEY", Path(place) / "key.yaml")
+            words, extra = serving.command(
+                spec, spec.port or serving.free_port(), "KEY", Path(place) / "key.yaml"
+            )
         print(" ".join([*(f"{k}={v}" for k, v in extra.items()), *map(shlex.quote, words)]))
 
 
