@@ -17,12 +17,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "native-ce": ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native"),
     "full-logits": (),
     "bf16-weights": ("--no-fp8-param-gather",),
+    "fused": ("--infir2-fused",),
     "unfused": ("--no-infir2-fused",),
     "stash": ("--infir2-fp8-stash",),
     "graphs": ("--cuda-graph-impl", "local", "--te-rng-tracker"),
     "recompute": ("--recompute-granularity", "selective", "--recompute-modules", "mlp"),
 }
-_INFIR2_ONLY = ("bf16-weights", "unfused", "stash")
+_INFIR2_ONLY = ("bf16-weights", "fused", "unfused", "stash")
 _LOSSES = ("chunked", "native-ce", "full-logits")
 
 

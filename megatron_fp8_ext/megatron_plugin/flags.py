@@ -220,7 +220,7 @@ def _expand_recipe(argv: Sequence[str], facts: Facts) -> Expansion:
 
 def _layers(fused: fused_flags.Fused) -> str:
     if not fused.on:
-        return f"TransformerEngine's ({fused_flags.OFF})"
+        return f"TransformerEngine's ({fused_flags.ON} asks for ours)"
     return "fused where possible" + (", fc1's output kept in FP8" if fused.stash else "")
 
 

@@ -1,4 +1,4 @@
-"""`--no-infir2-fused` and `--infir2-fp8-stash`. Pure."""
+"""`--infir2-fused`, `--no-infir2-fused` and `--infir2-fp8-stash`. Pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.megatron_plugin import arguments
 
+ON = "--infir2-fused"
 OFF = "--no-infir2-fused"
 STASH = "--infir2-fp8-stash"
-FLAGS = (OFF, STASH)
+FLAGS = (ON, OFF, STASH)
 # The way in where no command line reaches (a Ray actor): `off`, `on` or `stash`.
 VARIABLE = "MEGATRON_FP8_EXT_FUSED"
+# "on" as soon as tests/gpu/test_fused_layer.py has passed on a GPU: until then nobody gets it unasked.
+DEFAULT = "off"
 HELP = {
+    ON: "compute norm-QKV, projection and MLP as fused functions where possible (Hopper)",
     OFF: "compute every layer as TransformerEngine does, without the fused functions",
     STASH: "keep fc1's output for the backward as its 1x128 FP8 cast instead of BF16 (less memory)",
 }
@@ -41,20 +45,29 @@ NOT_FUSED = Fused(on=False, stash=False)
 
 
 def take(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[list[str], Fused]:
-    """Return `argv` without our two flags, and what they ask for; on by itself.
+    """Return `argv` without our flags, and what they ask for.
 
     Raises:
-        UserError: both flags, or an unknown value in the environment.
+        UserError: flags that contradict each other, or an unknown value in the environment.
     """
-    off, stash = (arguments.has(argv, flag) for flag in FLAGS)
+    on, off, stash = (arguments.has(argv, flag) for flag in FLAGS)
     if off and stash:
         raise UserError(f"{OFF} contradicts {STASH}: only a fused layer has that stash; drop one")
-    inherited = environ.get(VARIABLE, "on")
+    if off and on:
+        raise UserError(f"{OFF} contradicts {ON}; drop one of the two")
+    inherited = environ.get(VARIABLE, DEFAULT)
     if inherited not in ("off", "on", "stash"):
         raise UserError(f"{VARIABLE}={inherited} in the environment: give it off, on or stash")
     out = list(argv)
     for flag in FLAGS:
         out = arguments.without(out, flag, takes_value=False)
-    if off or stash:
+    if on or off or stash:
         return out, Fused(on=not off, stash=stash)
     return out, Fused(on=inherited != "off", stash=inherited == "stash")
+
+
+def may_be_on(argv: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Whether layers may be fused; what contradicts itself is `take`'s to refuse."""
+    if any(arguments.has(argv, flag) for flag in FLAGS):
+        return not arguments.has(argv, OFF)
+    return environ.get(VARIABLE, DEFAULT) != "off"

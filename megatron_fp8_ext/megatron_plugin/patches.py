@@ -370,8 +370,7 @@ def register() -> None:
         "fused": not on_cpu
         and not emulated
         and flags.requested(sys.argv[1:], os.environ) not in (None, "bf16")
-        and not arguments.has(sys.argv, fused_flags.OFF)
-        and os.environ.get(fused_flags.VARIABLE) != "off",
+        and fused_flags.may_be_on(sys.argv, os.environ),
     }
     for patch in PATCHES:
         if active[patch.when]:

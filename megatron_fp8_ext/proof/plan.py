@@ -54,6 +54,7 @@ _NATIVE_FORMATS = {
 # Of our own recipes: what comes after the colon -> flags.
 _OPTIONS = {
     "emulated": (flags.EMULATE,),
+    "fused": (fused_flags.ON,),
     "unfused": (fused_flags.OFF,),
     "stash": (fused_flags.STASH,),
 }
@@ -181,7 +182,7 @@ def plan(
     written = arguments.first_written(command, fused_flags.FLAGS)
     if written is not None:
         raise UserError(
-            f"{written} is for FP8 runs alone: write infir2:unfused or infir2:stash instead"
+            f"{written} is for FP8 runs alone: write infir2:fused, infir2:unfused or infir2:stash instead"
         )
     steps = _steps(command, steps)
     _check_schedule(command, steps)

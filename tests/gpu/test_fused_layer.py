@@ -199,6 +199,7 @@ def test_memory_of_the_mlp(recipe):
 
 DIST = ("--use-distributed-optimizer", "--no-gradient-accumulation-fusion")
 INFIR2 = ("--fp8-recipe", "infir2")
+FUSED, UNFUSED = ("--infir2-fused",), ("--no-infir2-fused",)
 ALL_FUSED = "fused layers: norm + linear 2 of 2, linear 2 of 2, MLP 2 of 2"
 
 
@@ -210,7 +211,7 @@ def same(ours, theirs, rel):
 
 @pytest.fixture(scope="module")
 def unfused(train):
-    outcome = train(*DIST, *INFIR2, "--no-infir2-fused")
+    outcome = train(*DIST, *INFIR2, *UNFUSED)
     assert not any("fused layers" in line for line in outcome.said)
     return outcome
 
@@ -230,7 +231,7 @@ def unfused(train):
     ids=lambda flags: flags.replace("--", "") or "plain",
 )
 def test_training(flags, train, unfused):
-    outcome = train(*DIST, *INFIR2, *flags.split())
+    outcome = train(*DIST, *INFIR2, *FUSED, *flags.split())
     assert any(ALL_FUSED in line for line in outcome.said), outcome.said
     if "untie" not in flags:
         same(outcome, unfused, rel=2e-3)
@@ -238,9 +239,9 @@ def test_training(flags, train, unfused):
 
 def test_a_run_may_switch_at_a_checkpoint(train, tmp_path):
     """Parameters, optimizer and the rest are the same to both paths, either way."""
-    whole = train(*DIST, *INFIR2)
-    for first, then in ((), ("--no-infir2-fused",)), (("--no-infir2-fused",), ()):
-        folder = str(tmp_path / ("to-native" if then else "to-fused"))
+    whole = train(*DIST, *INFIR2, *FUSED)
+    for first, then in (FUSED, UNFUSED), (UNFUSED, FUSED):
+        folder = str(tmp_path / ("to-native" if then == UNFUSED else "to-fused"))
         train(
             *DIST, *INFIR2, *first, "--save", folder, "--save-interval", "4", "--exit-interval", "4"
         )
@@ -252,7 +253,7 @@ def test_a_run_may_switch_at_a_checkpoint(train, tmp_path):
 
 def test_a_first_layer_in_bf16_is_left_alone(train):
     flags = "--first-last-layers-bf16 --num-layers-at-start-in-bf16 1 --num-layers-at-end-in-bf16 0"
-    outcome = train(*DIST, *INFIR2, *flags.split())
+    outcome = train(*DIST, *INFIR2, *FUSED, *flags.split())
     assert any("norm + linear 1 of 1, linear 1 of 1, MLP 1 of 1" in line for line in outcome.said)
 
 
@@ -273,7 +274,7 @@ def test_300_steps_within_the_band_of_bf16(train, tmp_path):
     band = [end("--fp8-recipe", "bf16", seed=seed) for seed in (1, 2, 3)]
     spread = max(band) - min(band)
     print(f"BF16, three data orders: {band}")
-    for flags in ((), ("--no-infir2-fused",), ("--infir2-fp8-stash",)):
+    for flags in (FUSED, UNFUSED, ("--infir2-fp8-stash",)):
         loss = end(*INFIR2, *flags, seed=1)
         print(f"infir2 {' '.join(flags)}: {loss}, {loss - band[0]:+.4f} to BF16 on the same data")
         assert abs(loss - band[0]) <= spread

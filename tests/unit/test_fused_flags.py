@@ -1,4 +1,4 @@
-"""`--no-infir2-fused` and `--infir2-fp8-stash`, as part of what a command becomes."""
+"""`--infir2-fused`, `--no-infir2-fused` and `--infir2-fp8-stash`, as part of what a command becomes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ BASE = ("--bf16", "--fp8-recipe", "infir2")
 @pytest.mark.parametrize(
     ("written", "inherited", "want"),
     [
-        ((), None, "on"),
+        ((), None, fused_flags.DEFAULT),
+        (("--infir2-fused",), None, "on"),
+        (("--infir2-fused", "--infir2-fp8-stash"), None, "stash"),
         (("--no-infir2-fused",), None, "off"),
         (("--infir2-fp8-stash",), None, "stash"),
         ((), "off", "off"),
+        ((), "on", "on"),
+        (("--infir2-fused",), "off", "on"),
         ((), "stash", "stash"),
         (("--infir2-fp8-stash",), "off", "stash"),
     ],
 )
-def test_on_by_itself(written, inherited, want):
+def test_what_a_run_asks_for(written, inherited, want):
     environ = {} if inherited is None else {fused_flags.VARIABLE: inherited}
     out = flags.expand([*BASE, *written], flags.Facts(options=frozenset(), environ=environ))
     assert out.fused.text == want
     assert not set(out.argv) & set(fused_flags.FLAGS)
+    assert fused_flags.may_be_on([*BASE, *written], environ) == (want != "off")
     layers = {
         "on": "fused where possible |",
         "off": "TransformerEngine's (",
@@ -49,7 +54,8 @@ def test_our_recipes_alone_are_fused():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ((*BASE, *fused_flags.FLAGS), "contradicts"),
+        ((*BASE, "--infir2-fp8-stash", "--no-infir2-fused"), "contradicts"),
+        ((*BASE, "--infir2-fused", "--no-infir2-fused"), "contradicts"),
         (("--bf16", "--infir2-fp8-stash"), "needs one of our recipes"),
         (("--bf16", "--fp8-recipe", "bf16", "--no-infir2-fused"), "contradicts --no-infir2-fused"),
     ],
