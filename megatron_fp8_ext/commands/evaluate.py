@@ -17,13 +17,17 @@ from megatron_fp8_ext.errors import UserError
 
 
 class _RunByDefault(TyperGroup):
-    """`eval aime24 ...` means `eval run aime24 ...`."""
+    """`eval aime24 ...` means `eval run aime24 ...`, `--server openai URL` adds `--url`."""
 
     default = "run"
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             args = [self.default, *args]
+        for place in range(len(args) - 2, 0, -1):
+            if args[place : place + 1] == ["openai"] and args[place - 1] == "--server":
+                if args[place + 1].startswith(("http://", "https://")):
+                    args = [*args[: place + 1], "--url", *args[place + 1 :]]
         return super().parse_args(ctx, args)
 
 
@@ -38,7 +42,9 @@ app = typer.Typer(
 def run(
     benchmarks: Annotated[str, typer.Argument(help="aime24,aime25,gpqa,livecodebench")],
     model: Annotated[Path | None, typer.Option(help="Hugging Face folder to serve")] = None,
-    server: Annotated[str, typer.Option(help="sglang, vllm, transformers or openai")] = "sglang",
+    server: Annotated[
+        str, typer.Option(help="sglang, vllm, transformers or openai URL")
+    ] = "sglang",
     url: Annotated[str | None, typer.Option(help="of a running server, up to /v1 (openai)")] = None,
     name: Annotated[str | None, typer.Option(help="the model's name at the server")] = None,
     data: Annotated[list[str] | None, typer.Option(help="FOLDER or NAME=FILE, repeatable")] = None,
@@ -158,7 +164,9 @@ def _server(
             kind="openai", name=found, model=model, url=url, key=key, ready_s=timeout
         )
     if kind == "openai":
-        raise UserError("--server openai needs --url, such as --url http://127.0.0.1:8000/v1")
+        raise UserError(
+            "--server openai needs a URL, such as --server openai http://127.0.0.1:8000/v1"
+        )
     if model is None and dry_run:
         model = Path("/path/to/model")
     elif model is None:
@@ -203,7 +211,9 @@ def _dry_run(settings: Any, spec: Any, folder: Path) -> None:
     print(json.dumps(calls, indent=1))
     if spec.kind != "openai":
         with tempfile.TemporaryDirectory() as place:
-            words, extra = serving.command(spec, spec.port, "KEY", Path(place) / "key.yaml")
+            words, extra = serving.command(
+                spec, spec.port or serving.free_port(), "KEY", Path(place) / "key.yaml"
+            )
         print(" ".join([*(f"{k}={v}" for k, v in extra.items()), *map(shlex.quote, words)]))
 
 

@@ -136,7 +136,8 @@ LIVECODEBENCH = Benchmark(
     differences=(
         "the reference's max_new_tokens is no field of the OpenAI route, so its cap of 27000 did not "
         "apply; here it does",
-        "the reference ran programs on the host; here only in a container without network",
+        "the reference ran programs on the host; here only in a container without network, each test "
+        "in a process of its own with 6 s, the start of Python included",
         "the last day ends at midnight: contests later on 2025-02-01 are left out",
         _N,
         _THINK,

@@ -10,9 +10,7 @@ import base64
 import binascii
 import csv
 import hashlib
-import io
 import json
-import os
 import pickle
 import subprocess
 import zlib
@@ -23,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.evaluation import unpickle
 from megatron_fp8_ext.evaluation.benchmarks import Benchmark
+from megatron_fp8_ext.files import open_atomically
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ALIASES = {"problem": ("Problem", "question"), "answer": ("Answer",)}
@@ -99,23 +99,16 @@ def prepare(benchmark: Benchmark, files: Sequence[Path], folder: Path, python: P
         UserError: an unreadable row (file and line), or no rows.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{benchmark.split}.jsonl"
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
     digest, count = hashlib.sha256(), 0
-    try:
-        with partial.open("w", encoding="utf-8") as out:
-            for where, row in _rows(files, python):
-                line = json.dumps(_checked(benchmark, row, where), ensure_ascii=False) + "\n"
-                digest.update(line.encode())
-                out.write(line)
-                count += 1
-            if count == 0:
-                raise UserError(f"{', '.join(map(str, files))}: no rows for {benchmark.name}")
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with open_atomically(folder / f"{benchmark.split}.jsonl") as out:
+        for where, row in _rows(files, python):
+            text = json.dumps(_checked(benchmark, row, where), ensure_ascii=False) + "\n"
+            line = text.encode()
+            digest.update(line)
+            out.write(line)
+            count += 1
+        if count == 0:
+            raise UserError(f"{', '.join(map(str, files))}: no rows for {benchmark.name}")
     return Data(folder, tuple(files), count, digest.hexdigest())
 
 
@@ -187,11 +180,6 @@ def _checked(benchmark: Benchmark, row: Any, where: str) -> dict[str, Any]:
     return kept
 
 
-class _StringsOnly(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in test cases")
-
-
 def _tests(value: Any, where: str) -> Any:
     """Return test cases from JSON, or from LiveCodeBench's base64 of zlib of a pickled JSON text."""
     if not isinstance(value, str):
@@ -203,7 +191,7 @@ def _tests(value: Any, where: str) -> Any:
     try:
         unpacker = zlib.decompressobj()
         packed = unpacker.decompress(base64.b64decode(value, validate=True), _LONGEST_TESTS)
-        return json.loads(_StringsOnly(io.BytesIO(packed)).load())
+        return json.loads(unpickle.loads(packed))
     except (
         binascii.Error, zlib.error, pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError
     ) as error:  # fmt: skip

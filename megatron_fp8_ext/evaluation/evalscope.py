@@ -18,22 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.evaluation import sandbox
 from megatron_fp8_ext.evaluation.benchmarks import Benchmark
 
 VERSION = "1.14.1"
 VARIABLE = "MEGATRON_FP8_EVALSCOPE"
 _RUNNER = Path(__file__).with_name("runner.py")
 _TIMEOUT_S = 18000  # the reference's, for one answer
-_SANDBOX = {
-    # Programs see neither network nor host files; evalscope's image and tools otherwise.
-    "image": "python:3.11-slim",
-    "tools_config": {"shell_executor": {}, "python_executor": {}},
-    "network_enabled": False,
-    "memory_limit": "4g",
-    "cpu_limit": 1.0,
-    "privileged": False,
-    "remove_on_exit": True,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +123,11 @@ def task(
     if (work / "configs" / "task_config.yaml").is_file():
         call["use_cache"] = str(work)
     if benchmark.runs_code:
-        call["sandbox"] = {"enabled": True, "engine": "docker", "default_config": dict(_SANDBOX)}
+        call["sandbox"] = {
+            "enabled": True,
+            "engine": "docker",
+            "default_config": dict(sandbox.CONFIG),
+        }
     return call
 
 
@@ -213,6 +208,7 @@ def environment(work: Path, offline: bool) -> dict[str, str]:
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
         "DO_NOT_TRACK": "1",
+        sandbox.VARIABLE: sandbox.label(work),
     }
     if offline:
         inherited |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -221,6 +217,8 @@ def environment(work: Path, offline: bool) -> dict[str, str]:
 
 def check(python: Path, call: Mapping[str, Any], work: Path, offline: bool) -> dict[str, Any]:
     """Have evalscope's own classes validate the call, load the data and render every prompt.
+
+    Where the answers are programs, one is run in a container that is made as theirs will be.
 
     Returns `versions`, `samples` (questions times repeats), `prompts` (messages of each question)
     and `hashes` (of each prompt).
@@ -251,22 +249,3 @@ def run_command(python: Path, work: Path, call: Mapping[str, Any]) -> list[str]:
     asked = work / "call.json"
     asked.write_text(json.dumps(call, indent=1))
     return [str(python), "-I", str(_RUNNER), "run", str(asked)]
-
-
-def sandbox_problem(image: str = str(_SANDBOX["image"])) -> str | None:
-    """Return why programs cannot be run in a container here; None where they can."""
-    if shutil.which("docker") is None:
-        return "docker is not installed"
-    try:
-        server = subprocess.run(["docker", "info"], capture_output=True, text=True, timeout=60)
-        if server.returncode:
-            said = (server.stderr.strip().splitlines() or ["no message"])[-1]
-            return f"docker has no running daemon here ({said})"
-        found = subprocess.run(
-            ["docker", "image", "inspect", image], capture_output=True, text=True, timeout=60
-        )
-    except subprocess.TimeoutExpired:
-        return "docker does not answer"
-    if found.returncode:
-        return f"docker has no image {image} (docker pull {image})"
-    return None

@@ -1,16 +1,18 @@
-"""Run a command that cannot outlive us: `python -I guard.py FD COMMAND...` (no imports of ours).
+"""Run a command that cannot outlive us: `python -I guard.py FD AFTER COMMAND...` (no imports of ours).
 
 FD is one end of a socket pair whose other end only the parent holds. However the parent dies, kill -9
 included, the socket reaches its end, and the guard stops the command and everything it started:
 SIGTERM to all of it, SIGKILL to what is left after `GRACE_S`. On Linux the guard adopts
 orphaned descendants, so that a server's workers in sessions of their own are found too; and the
-command is killed if the guard itself is.
+command is killed if the guard itself is. AFTER, a JSON list of words, is run last: it ends what is
+not ours to kill, such as containers, which a daemon of their own holds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import select
 import signal
@@ -21,6 +23,7 @@ import time
 from pathlib import Path
 
 GRACE_S = 10.0
+AFTER_S = 120.0
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -102,13 +105,13 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     try:
         child = subprocess.Popen(
-            argv[1:],
+            argv[2:],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
         )
     except OSError as error:
-        print(f"{argv[1]}: {error.strerror}", file=sys.stderr)
+        print(f"{argv[2]}: {error.strerror}", file=sys.stderr)
         return 127
     with contextlib.suppress(OSError):
         link.sendall(f"{child.pid}\n".encode())
@@ -124,6 +127,9 @@ def main(argv: list[str]) -> int:
                 break
         code = _reap().get(child.pid)
     _stop(child.pid)
+    if after := json.loads(argv[1]):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(after, stdin=subprocess.DEVNULL, timeout=AFTER_S, check=False)
     if code is None:
         return 143
     return code if code >= 0 else 128 - code

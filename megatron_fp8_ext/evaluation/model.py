@@ -28,6 +28,7 @@ class Model:
         context: longest sequence by its config; None where it does not say.
         quantization: `quantization_config` of config.json; empty for BF16.
         special: texts of its special tokens.
+        sampling: what generation_config.json says about sampling that our requests leave out.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class Model:
     context: int | None
     quantization: dict[str, Any]
     special: tuple[str, ...]
+    sampling: dict[str, Any]
 
 
 def read(folder: Path) -> Model:
@@ -64,6 +66,7 @@ def read(folder: Path) -> Model:
         context=int(context) if context else None,
         quantization=quantization,
         special=_special_tokens(folder),
+        sampling=_sampling(folder),
     )
 
 
@@ -108,6 +111,16 @@ def _identity(folder: Path, weights: Sequence[Path]) -> str:
                 data.seek(max(size - _CHUNK, 0) * part // (_SAMPLED - 1))
                 digest.update(data.read(_CHUNK))
     return digest.hexdigest()
+
+
+def _sampling(folder: Path) -> dict[str, Any]:
+    neutral = {"top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,)}
+    try:
+        given = json.loads((folder / "generation_config.json").read_text())
+        said = {name: given.get(name) for name in neutral}
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return {k: v for k, v in said.items() if v is not None and v not in neutral[k]}
 
 
 def _special_tokens(folder: Path) -> tuple[str, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _GUARD = Path(__file__).with_name("guard.py")
 
 
@@ -29,14 +32,24 @@ class Guarded:
         *,
         env: Mapping[str, str] | None = None,
         keep_open: Sequence[int] = (),
+        after: Sequence[str] = (),
     ) -> None:
-        """Start `argv`. `keep_open`: descriptors (a lock) that stay open until all is stopped."""
+        """Start `argv`.
+
+        Args:
+            argv: the command.
+            log: where its output goes.
+            env: its environment.
+            keep_open: descriptors (a lock) that stay open until all is stopped.
+            after: command that the guard runs once all is stopped, however that came about.
+        """
         self.log = log
         self._link, theirs = socket.socketpair()
+        after_words = json.dumps(list(after))
         with log.open("ab") as output, theirs:
             self.start_of_log = output.tell()
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", str(_GUARD), str(theirs.fileno()), *argv],
+                [sys.executable, "-I", str(_GUARD), str(theirs.fileno()), after_words, *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -72,7 +85,7 @@ class Guarded:
         """Return the last lines that this command wrote, joined into one."""
         with contextlib.suppress(OSError), self.log.open("rb") as file:
             file.seek(max(self.start_of_log, self.log.stat().st_size - 20_000))
-            text = file.read().decode("utf-8", errors="replace")
+            text = _COLOUR.sub("", file.read().decode("utf-8", errors="replace"))
             kept = [x.strip() for x in text.splitlines() if x.strip() and "it/s]" not in x]
             return " | ".join(x[:300] for x in kept[-lines:]) or "no output"
         return "no output"

@@ -10,8 +10,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
+import os
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,47 @@ def schema(names: list[str]) -> dict[str, Any]:
     }
 
 
+def contain(task: dict[str, Any], config: Any) -> types.ModuleType | None:
+    """Make sure that only containers run programs; return container.py where the task has any.
+
+    evalscope runs them on this machine where its sandbox is off, and unpickles LiveCodeBench's tests.
+
+    Raises:
+        ValueError: the call would run them outside of our container.
+    """
+    from evalscope.api.mixin import CodeExecutionSandboxMixin
+    from evalscope.api.registry import BENCHMARK_REGISTRY
+
+    adapter = BENCHMARK_REGISTRY.get(task["datasets"][0]).data_adapter
+    if not issubclass(adapter, CodeExecutionSandboxMixin):
+        return None
+    from evalscope.benchmarks.live_code_bench import evaluate_utils, load_utils
+
+    given = config.sandbox
+    if given is None or not given.enabled or given.engine != "docker" or given.manager_config:
+        raise ValueError("programs run in a local Docker container only, which sandbox must say")
+
+    def refuse(*args: Any, **more: Any) -> None:
+        raise SystemExit("evalscope was about to run a program outside of its container")
+
+    evaluate_utils.codegen_metrics = refuse
+    load_utils.pickle = _beside("unpickle")
+    container = _beside("container")
+    container.install(os.environ["MEGATRON_FP8_EVAL_LABEL"])
+    return container
+
+
+def _beside(name: str) -> types.ModuleType:
+    """Import a neighbour by its file: `-I` keeps this folder, with a datasets.py in it, off the path."""
+    file = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def check(task: dict[str, Any]) -> dict[str, Any]:
     """Validate a task against evalscope, load its data, and return the rendered prompts."""
     from evalscope.api.registry import get_benchmark
@@ -71,9 +115,18 @@ def check(task: dict[str, Any]) -> dict[str, Any]:
         unknown += [f"filters.{x}" for x in given.get("filters", ()) if x not in known["filters"]]
         extra = known["extra_params"].get(name, ())
         unknown += [f"{name}.{x}" for x in given.get("extra_params", ()) if x not in extra]
+    if given := (task.get("sandbox") or {}).get("default_config"):
+        from ms_enclave.sandbox.model import DockerSandboxConfig
+
+        fields = DockerSandboxConfig.model_fields  # it drops what it does not know
+        unknown += [f"sandbox.default_config.{key}" for key in given if key not in fields]
     if unknown:
         raise ValueError(f"evalscope does not know {', '.join(unknown)}")
     config = TaskConfig(**task)
+    if container := contain(task, config):
+        label = os.environ["MEGATRON_FP8_EVAL_LABEL"]
+        if problem := container.probe(task["sandbox"]["default_config"], label):
+            raise ValueError(f"its container is not fit for foreign programs: {problem}")
     (name,) = task["datasets"]
     data = get_benchmark(name, config).load_dataset()
     prompts: dict[int, list[dict[str, str]]] = {}
@@ -125,7 +178,9 @@ def main(argv: list[str]) -> int:
     from evalscope.config import TaskConfig
     from evalscope.run import run_task
 
-    run_task(TaskConfig(**task))
+    config = TaskConfig(**task)
+    contain(task, config)
+    run_task(config)
     return 0
 
 

@@ -80,7 +80,9 @@ def command(
     """Return the command and the extra environment of a server.
 
     The key never stands on a command line, which every user of the machine can read, unless the
-    user's own --server-command puts {key} there.
+    user's own --server-command puts {key} there. SGLang and vLLM would fill what a request leaves out
+    (top-k, min-p, repetition penalty) from the checkpoint's generation_config.json; they are told not
+    to. The FP8 format they read from config.json.
     """
     model, tp = str(spec.model), str(spec.tensor_parallel)
     if spec.command is not None:
@@ -99,14 +101,14 @@ def command(
         words = [
             spec.python, "-m", "sglang.launch_server", "--config", str(key_file),
             "--model-path", model, "--served-model-name", spec.name, "--host", HOST,
-            "--port", str(port), "--tp-size", tp,
+            "--port", str(port), "--tp-size", tp, "--sampling-defaults", "openai",
         ]  # fmt: skip
         return [*words, *spec.extra], {}
     if spec.kind == "vllm":
         words = [
-            spec.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+            spec.python, "-m", "vllm.entrypoints.cli.main", "serve", model,
             "--served-model-name", spec.name, "--host", HOST, "--port", str(port),
-            "--tensor-parallel-size", tp,
+            "--tensor-parallel-size", tp, "--generation-config", "vllm",
         ]  # fmt: skip
         return [*words, *spec.extra], {"VLLM_API_KEY": key}
     words = [

@@ -16,7 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.evaluation import datasets, evalscope, model, report, results
+from megatron_fp8_ext.evaluation import (
+    container,
+    datasets,
+    evalscope,
+    model,
+    report,
+    results,
+    sandbox,
+)
 from megatron_fp8_ext.evaluation.benchmarks import Benchmark
 from megatron_fp8_ext.evaluation.datasets import Data
 from megatron_fp8_ext.evaluation.evalscope import Settings
@@ -103,7 +111,7 @@ def run(request: Request, console: Console) -> dict[str, Any]:
     for benchmark, settings in request.benchmarks:
         for k in request.pass_at:
             benchmark.allows_pass_at(k, settings.samples)
-        if benchmark.runs_code and (problem := evalscope.sandbox_problem()):
+        if benchmark.runs_code and (problem := sandbox.problem()):
             raise UserError(
                 f"{benchmark.name} runs programs that the model writes, only in a container without "
                 f"network: {problem}; mend that or leave {benchmark.name} out"
@@ -234,8 +242,14 @@ def _once(
     environment = evalscope.environment(part.work, request.download is None)
     environment |= {"EVALSCOPE_BASE_URL": server.url, "EVALSCOPE_API_KEY": server.key or "EMPTY"}
     words = evalscope.run_command(request.python, part.work, _call(request, part))
-    process = Guarded(words, part.work / "evalscope.log", env=environment, keep_open=(lock,))
-    said = began = time.monotonic()
+    process = Guarded(
+        words,
+        part.work / "evalscope.log",
+        env=environment,
+        keep_open=(lock,),
+        after=sandbox.removal(part.work) if part.benchmark.runs_code else (),
+    )
+    told = began = time.monotonic()
     start = results.finished(part.work)
     try:
         while process.poll() is None:
@@ -244,9 +258,9 @@ def _once(
             bar.update(shown, completed=done, note="")
             if not server.alive():
                 return f"the server stopped ({server.process.tail(2) if server.process else ''})"
-            if not bar.console.is_terminal and time.monotonic() - said > _LOG_EVERY_S:
-                said = time.monotonic()
-                rate = (done - start) / (said - began)
+            if not bar.console.is_terminal and time.monotonic() - told > _LOG_EVERY_S:
+                told = time.monotonic()
+                rate = (done - start) / (told - began)
                 left = (
                     f"{(part.total - done) / rate / 60:.0f} min left" if rate else "no answer yet"
                 )
@@ -255,7 +269,21 @@ def _once(
         process.stop()
     if not server.alive():
         return f"the server stopped ({server.process.tail(2) if server.process else ''})"
-    return f"evalscope stopped with exit code {process.poll()} ({process.tail(2)})"
+    said = process.tail(50).split(" | ")
+    reasons = [line for line in said if line.startswith(container.FAILED)] or said[-2:]
+    return f"evalscope stopped with exit code {process.poll()} ({' | '.join(reasons)})"
+
+
+def _sampling_warning(spec: ServerSpec, checkpoint: model.Model | None) -> list[str]:
+    """What a server that we could not tell otherwise may have added to the requests."""
+    told = spec.kind in ("sglang", "vllm") and spec.command is None
+    if told or checkpoint is None or not checkpoint.sampling:
+        return []
+    said = ", ".join(f"{name} {value}" for name, value in checkpoint.sampling.items())
+    return [
+        f"generation_config.json says {said}, which this server may have applied: start it with "
+        "neutral defaults, or take these lines out"
+    ]
 
 
 def _finish(
@@ -279,9 +307,12 @@ def _finish(
             "data": ", ".join(map(str, part.data.source)) if part.data else request.download,
             "published": dict(benchmark.published),
             "differences": list(benchmark.differences),
-            "warnings": results.warnings(
-                scored, settings.max_tokens, benchmark.max_tokens, benchmark.questions
-            ),
+            "warnings": [
+                *results.warnings(
+                    scored, settings.max_tokens, benchmark.max_tokens, benchmark.questions
+                ),
+                *_sampling_warning(spec, checkpoint),
+            ],
         }
     everything = {
         "model": {

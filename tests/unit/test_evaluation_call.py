@@ -195,7 +195,7 @@ def cli(*argv: str, **env: str):
         (["aime24"], "--model is missing"),
         (["aime24", "--model", "/nowhere"], "nothing is downloaded from a model hub"),
         (["aime24", "--model", ".", "--server", "sgland"], "did you mean 'sglang'"),
-        (["aime24", "--server", "openai"], "needs --url"),
+        (["aime24", "--server", "openai"], "needs a URL"),
         (["aime24", "--model", ".", "--samples", "0"], "--samples 0: must be at least 1"),
         (["aime24", "--model", ".", "--temperature", "0"], "add --samples 1"),
         (["aime24", "--model", ".", "--evalscope", "/nowhere"], "no Python there"),
@@ -225,3 +225,17 @@ def test_a_dry_run_prints_both_commands(tmp_path):
 def test_the_reference_s_scripts_name_known_benchmarks(script):
     name = script.read_text().split("eval ")[1].split()[0]
     assert name in BENCHMARKS and os.access(script, os.X_OK)
+
+
+def test_openai_takes_its_url_as_the_next_word():
+    url = "http://127.0.0.1:9/v1"
+    for words in (["--server", "openai", url], ["--server", "openai", "--url", url]):
+        done = cli("aime24", *words, "--samples", "32")
+        assert done.returncode == 2 and f"{url}/models gives no list of models" in done.stderr
+
+
+def test_sampling_that_a_server_may_add_is_known(tmp_path):
+    folder = folder_of_a_model(tmp_path)
+    said = {"top_k": 20, "repetition_penalty": 1.0, "min_p": 0.0, "temperature": 0.7}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    assert model.read(folder).sampling == {"top_k": 20}

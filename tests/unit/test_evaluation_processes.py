@@ -134,6 +134,27 @@ def test_kill_9_of_the_guard_ends_the_command(tmp_path):
     process.stop()
 
 
+def test_kill_9_of_the_runner_runs_what_must_come_after(tmp_path):
+    """As `docker rm` must: containers are no children of ours."""
+    code = (
+        "import pathlib, sys, time\n"
+        "from megatron_fp8_ext.evaluation.process import Guarded\n"
+        f"place = pathlib.Path({str(tmp_path)!r})\n"
+        "Guarded([sys.executable, '-c', 'import time; time.sleep(600)'], place / 'log',\n"
+        "        after=['touch', str(place / 'removed')])\n"
+        "print('up', flush=True); time.sleep(600)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    runner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env)
+    assert runner.stdout.readline() == b"up\n" and not (tmp_path / "removed").exists()
+    runner.kill()
+    runner.wait()
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "removed").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("mode", "more", "words"),
     [
