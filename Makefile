@@ -8,6 +8,8 @@
 
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two tests at a time, files whole; a training run in a test takes one core.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 SITES := .cache
 
 .PHONY: demo demo-sft demo-convert demo-schedule test test-all lint env clean
@@ -40,10 +42,10 @@ lint: env
 	$(BIN)/lint-imports
 
 test: env lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: env lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 clean:
 	rm -rf $(VENV) $(SITES) runs
