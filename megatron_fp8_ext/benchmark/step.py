@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_fp8_ext.benchmark.sides import Side
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.picture import write_svg
 
 PARTS = (
     "forward",
@@ -240,10 +241,5 @@ def picture(sides: list[dict[str, Any]], path: Path) -> bool:
     left.invert_yaxis()
     right.barh(names, [side["memory"]["with state"] / 1e9 for side in sides], color="0.6")
     right.set_xlabel("peak GB, optimizer state inside")
-    partial = path.with_name(f".{path.name}.partial.svg")
-    try:
-        figure.savefig(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_svg(path, figure)
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from megatron_fp8_ext.files import write_atomically
 from megatron_fp8_ext.packing.balance import schedule
 from megatron_fp8_ext.packing.bins import Integers, best_fit_decreasing
 from megatron_fp8_ext.packing.order import EpochOrder
+from megatron_fp8_ext.picture import write_svg
 from megatron_fp8_ext.sft.shards import SampleShards, fingerprint
 
 STATISTICS = "statistics.json"
@@ -130,7 +130,5 @@ def save(folder: Path, statistics: Statistics, lengths: Integers) -> bool:
     axes.set_xlabel("tokens of a sample")
     axes.set_ylabel("samples")
     axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    write_atomically(folder / PICTURE, buffer.getvalue())
+    write_svg(folder / PICTURE, figure)
     return True

@@ -1,5 +1,7 @@
-"""`megatron-fp8 doctor --slime`: what this environment lacks for slime. Rows of (level, "
-"what, found, mend)."""
+"""`megatron-fp8 doctor --slime`: what this environment lacks for slime.
+
+Rows of (level, what, found, mend).
+"""
 
 from __future__ import annotations
 
