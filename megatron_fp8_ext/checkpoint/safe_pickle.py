@@ -1,9 +1,9 @@
 """Unpicklers that return plain data and run nothing.
 
 A pickle names the functions it wants called. Here each name is looked up in a short list: what an index
-or a checkpoint's common state consists of becomes an inert `Record` (or a plain dict, tuple, string), and
-any other name is refused by name, or inert too where its reader is not `strict`. No class of Megatron
-or torch is imported to read one.
+or a checkpoint's common state consists of becomes an inert `Record` (or a plain dict, tuple, string). Any
+other name is refused by name where the pickle calls it; objects of the script that saved, in its arguments,
+are inert as well. Where a reader is not `strict`, everything is. Nothing is imported to read one.
 """
 
 from __future__ import annotations
@@ -40,6 +40,20 @@ class Record:
         """What a pickle puts into a container of its own class."""
 
     __setitem__ = append = extend = add = _swallow
+
+
+class _Uncallable(type):
+    """Of classes whose objects may lie in a pickle, but that it may not call."""
+
+    what = ""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """What REDUCE does, for a function as well; NEWOBJ, of plain objects, goes past it."""
+        raise pickle.UnpicklingError(f"{cls.__qualname__} has no place in {cls.what}")
+
+
+def _foreign(name: str, what: str) -> type:
+    return _Uncallable(name, (Record,), {"__qualname__": name, "what": what})
 
 
 class Size(tuple[int, ...]):
@@ -94,7 +108,11 @@ class _Unpickler(pickle.Unpickler):
             return name
         if (module, name) in _PATHS or self.knows(module, name):
             return Record
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in {self.what}")
+        return self.foreign(f"{module}.{name}")
+
+    def foreign(self, name: str) -> Any:
+        """What stands for a name that does not belong to this kind of file."""
+        raise pickle.UnpicklingError(f"{name} has no place in {self.what}")
 
     def knows(self, module: str, name: str) -> bool:
         """Whether the name belongs to this kind of file, as an inert record."""
@@ -124,6 +142,10 @@ class _CommonUnpickler(_Unpickler):
             return True
         return (module, name) in _COMMON or module.startswith("megatron.")
 
+    def foreign(self, name: str) -> Any:
+        """A class of the script that saved: slime, for one, keeps objects of its own in the arguments."""
+        return _foreign(name, self.what)
+
     def persistent_load(self, pid: Any) -> Record:
         """A tensor's storage: not read."""
         return Record(pid)
@@ -134,8 +156,8 @@ def load_common(file: IO[bytes], strict: bool = True) -> dict[str, Any]:
 
     Args:
         file: seekable; `common.pt`, or the bytes of `common_state`.
-        strict: refuse names that a common state does not consist of. Otherwise they are inert like all
-            others, for a run's arguments may hold objects of the script that saved them.
+        strict: refuse calls of names that a common state does not consist of. Otherwise they are inert
+            like all others.
 
     Raises:
         pickle.UnpicklingError: such a name.

@@ -39,7 +39,7 @@ def read_common(folder: Path, strict: bool) -> dict[str, Any] | None:
 
     Args:
         folder: of the iteration.
-        strict: refuse classes that do not belong there (`safe_pickle.load_common`).
+        strict: refuse calls of what does not belong there (`safe_pickle.load_common`).
 
     Raises:
         UserError: damaged, or refused.

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -320,6 +321,25 @@ def test_nothing_in_a_checkpoint_is_executed(convert, checkpoint, hf, tmp_path, 
     if name == "builtins.eval":
         pickle.loads(pickle.dumps(evil)).close()
         assert pwned.exists()
+
+
+def test_objects_of_the_script_that_saved_are_inert(convert, checkpoint, hf, tmp_path, monkeypatch):
+    """slime keeps objects of its own in the arguments; conversion needs neither them nor slime."""
+    elsewhere = types.ModuleType("somebodys_arguments")
+    option = type("Option", (), {"__module__": elsewhere.__name__, "__qualname__": "Option"})
+    elsewhere.Option = option
+    kept = checkpoint / "release" / "common.pt"
+    common = torch.load(kept, weights_only=False)
+    common["args"].eval_datasets = [option()]
+    common["args"].eval_datasets[0].__dict__.update(name="sums", samples=2)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, elsewhere.__name__, elsewhere)
+        torch.save(common, kept)
+    with pytest.raises(ModuleNotFoundError):
+        torch.load(kept, weights_only=False)
+    out = tmp_path / "back"
+    megatron.megatron_to_hf(checkpoint, out, hf)
+    assert (out / "config.json").is_file()
 
 
 # --- Full disks
