@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +114,25 @@ def test_a_lost_rollout_server_stops_the_loop_and_it_resumes(slime, sft, tmp_pat
     again = run(slime, sft, tmp_path, **named)
     assert again.code == 0, again.log[-3000:]
     assert sorted(again.differences) == [1, 2]
+
+
+def test_a_second_stage_goes_on_from_the_first_and_is_converted(slime, sft, tmp_path):
+    """Two stages as docs/pipeline.md has them: checkpoint to checkpoint, then Hugging Face and FP8."""
+    first = run(slime, sft, tmp_path / "one", rollouts=2, eval_interval=10, save_interval=1)
+    assert first.code == 0, first.log[-3000:]
+    saved = tmp_path / "one" / "checkpoints"
+    shutil.copytree(tmp_path / "one" / "served", tmp_path / "two" / "served")
+    second = run(slime, saved, tmp_path / "two", rollouts=1, eval_interval=10)
+    assert second.code == 0, second.log[-3000:]
+    assert second.differences[0][1] < LIMIT, (
+        "served with the first stage's weights, not its start's"
+    )
+    final, fp8 = tmp_path / "final", tmp_path / "final-fp8"
+    for words in (
+        ("megatron-to-hf", saved, final, "--hf-reference", sft),
+        ("hf-to-fp8", final, fp8, "--scale-format", "fp32", "--device", "cpu"),
+        ("verify", final, fp8),
+    ):
+        argv = [sys.executable, "-W", "ignore", "-m", "megatron_fp8_ext.cli", "convert"]
+        done = subprocess.run([*argv, *map(str, words)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
