@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import signal
 import threading
 import time
 from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import checkpoints
 import pytest
 
 from megatron_fp8_ext.errors import UserError
@@ -51,12 +53,22 @@ def arguments(address, tmp_path, patience=0.3):
     )
 
 
-def test_a_server_that_hangs_ends_the_run(engine, tmp_path, monkeypatch):
+@pytest.fixture(params=["foreground", "background"])
+def started(request):
+    """A shell script's `command &` has SIGINT ignored."""
+    background = request.param == "background"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if background else None
+    yield
+    if background:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_server_that_hangs_ends_the_run(engine, tmp_path, monkeypatch, started):
     monkeypatch.setattr(failures, "_INTERVAL", 0.05)
-    monkeypatch.setattr(failures.Watch.__init__, "__defaults__", (failures.answers, 0.05))
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    monkeypatch.setattr(failures.Watch.__init__, "__defaults__", (failures.ailment, 0.05))
+    checkpoints.write(tmp_path, 7)
     args = arguments(engine, tmp_path)
-    with pytest.raises(UserError, match=r"has not generated for .* goes on after rollout 7"):
+    with pytest.raises(UserError, match=r"generates nothing \(no token .* goes on after rollout 7"):
         with failures.watched(args):
             time.sleep(0.5)  # answers: nothing happens
             Engine.hung.set()
@@ -66,7 +78,8 @@ def test_a_server_that_hangs_ends_the_run(engine, tmp_path, monkeypatch):
 def test_a_server_that_died_is_named(tmp_path):
     args = arguments("127.0.0.1:9", tmp_path, patience=60)
     with pytest.raises(
-        UserError, match=r"http://127\.0\.0\.1:9 does not answer.*begins|no checkpoint"
+        UserError,
+        match=r"http://127\.0\.0\.1:9 does not answer \(Connection refused\).*no checkpoint",
     ):
         with failures.watched(args):
             raise ConnectionError("All connection attempts failed")

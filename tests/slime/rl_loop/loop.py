@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Settings:
         recipe: of training.
         served: scale format of the served checkpoint, fp32 or e8m0.
         fault: of the server, see server.py.
-        after: requests (pushes) before the fault.
+        after: pushes before the fault.
         save_interval: steps between checkpoints; None for none.
         eval_interval: steps between evaluations on the held-out problems.
         device: cpu or cuda.
@@ -176,15 +177,25 @@ def prepare(settings: Settings, out: Path) -> None:
     subprocess.run([*convert, "--device", "cpu"], check=True, capture_output=True, cwd=ROOT)
 
 
-def run(settings: Settings, out: Path, slime: Path, timeout: float = 1500) -> Outcome:
-    """Run the loop to its end; a second run into the same `out` resumes from its last checkpoint."""
+def run(
+    settings: Settings,
+    out: Path,
+    slime: Path,
+    timeout: float = 1500,
+    enter: Sequence[str] = (),
+) -> Outcome:
+    """Run the loop to its end; a second run into the same `out` resumes from its last checkpoint.
+
+    `enter` are words before the launcher's command, such as those of `nsenter`.
+    """
     from conftest import free_port
 
     prepare(settings, out)
     env, port = environment(settings, out, slime), free_port()
     server = serve(settings, out, port, env)
     entry = ROOT / "entrypoints" / "train_slime.py"
-    command = [sys.executable, "-W", "ignore", str(entry), "train.py", *flags(settings, out, port)]
+    command = [*enter, sys.executable, "-W", "ignore", str(entry), "train.py"]
+    command += flags(settings, out, port)
     try:
         with (out / "run.log").open("wb") as log:
             done = subprocess.run(
