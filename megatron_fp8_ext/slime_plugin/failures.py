@@ -10,20 +10,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
+import shutil
 import signal
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.slime_plugin.resumption import advice
+from megatron_fp8_ext.slime_plugin.resumption import advice, last_size
 
 # SGLang's own probe that generates a token: a server that hangs does not answer it.
 _PROBE = "/health_generate"
 _INTERVAL = 10.0
+# A write that failed, as torch's writers tell it: they lose the system's reason.
+_UNWRITTEN = ("CheckpointException", "inline_container.cc", "PytorchStreamWriter")
 # The main thread waits inside ray.get, which a signal's KeyboardInterrupt ends. Not SIGINT: a script's
 # `python ... &` ignores that one.
 _WAKE = signal.SIGUSR2
@@ -152,9 +156,9 @@ def explain(error: BaseException, args: Any) -> UserError | None:
             return UserError(str(getattr(seen, "cause", None) or seen).strip().splitlines()[-1])
     for seen in chain:
         text = f"{type(seen).__name__}: {seen}"
-        if getattr(seen, "errno", None) == errno.ENOSPC or "No space left on device" in text:
-            folder = getattr(args, "save", None) or getattr(args, "update_weight_disk_dir", None)
-            return UserError(f"no space left for {folder}: make room, then {advice(args)}")
+        full = getattr(seen, "errno", None) == errno.ENOSPC or "No space left on device" in text
+        if full or any(sign in text for sign in _UNWRITTEN):
+            return _unwritten(args, full)
     import ray
 
     for seen in chain:
@@ -170,6 +174,25 @@ def explain(error: BaseException, args: Any) -> UserError | None:
                 f"/tmp/ray/session_latest/logs); {advice(args)}"
             )
     return None
+
+
+def _unwritten(args: Any, full: bool) -> UserError:
+    """Return what to read when a checkpoint or a push was not written; `full` where the system said why."""
+    folder = Path(
+        getattr(args, "save", None) or getattr(args, "update_weight_disk_dir", None) or "."
+    )
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return UserError(f"{folder} cannot be written to ({error}); mend it, then {advice(args)}")
+    if full or free < last_size(args):
+        return UserError(
+            f"no space left for {folder}: make room ({free / 1e6:.1f} MB are free), then {advice(args)}"
+        )
+    return UserError(
+        f"a checkpoint could not be written to {folder} ({free / 1e6:.1f} MB are free; the log says what "
+        f"failed); mend it, then {advice(args)}"
+    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -70,3 +70,16 @@ def advice(args: Any) -> str:
     if last is None:
         return "start the same command again (no checkpoint is complete yet)"
     return f"start the same command again with --load {folder}: it goes on after rollout {last}"
+
+
+def last_size(args: Any) -> int:
+    """Return the bytes of the last complete checkpoint in `args.save`; 0 without one."""
+    folder = getattr(args, "save", None)
+    try:
+        choice = complete.choose(Path(folder)) if folder else None
+    except UserError:
+        return 0
+    if choice is None or choice.iteration is None:
+        return 0
+    files = complete.folder_of(Path(str(folder)), choice.iteration).rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())

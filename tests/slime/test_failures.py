@@ -90,11 +90,18 @@ def test_other_errors_pass_while_the_server_answers(engine, tmp_path):
         raise ZeroDivisionError
 
 
-def test_a_full_disk_and_a_dead_actor_are_explained(tmp_path):
+def test_a_full_disk_and_a_dead_actor_are_explained(tmp_path, monkeypatch):
     args = Namespace(save=str(tmp_path))
     full = RuntimeError("save failed")
     full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     assert "no space left for" in str(failures.explain(full, args))
+    # What reaches the driver of a full disk: torch's writer lost the reason.
+    lost = RuntimeError("CheckpointException ranks:dict_keys([0])")
+    assert "could not be written" in str(failures.explain(lost, args))
+    checkpoints.write(tmp_path, 3)
+    monkeypatch.setattr(failures.shutil, "disk_usage", lambda _: Namespace(free=100))
+    assert "no space left for" in (said := str(failures.explain(lost, args)))
+    assert said.endswith("goes on after rollout 3")
     own = UserError("scales differ")
     assert str(failures.explain(own, args)) == "scales differ"
     ray = pytest.importorskip("ray")
