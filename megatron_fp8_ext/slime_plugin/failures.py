@@ -28,6 +28,8 @@ _PROBE = "/health_generate"
 _INTERVAL = 10.0
 # A write that failed, as torch's writers tell it: they lose the system's reason.
 _UNWRITTEN = ("CheckpointException", "inline_container.cc", "PytorchStreamWriter")
+# slime's actor methods that write; a CheckpointException may also come from a load.
+_WRITES = ("save_model()", "update_weights()")
 # The main thread waits inside ray.get, which a signal's KeyboardInterrupt ends. Not SIGINT: a script's
 # `python ... &` ignores that one.
 _WAKE = signal.SIGUSR2
@@ -157,7 +159,8 @@ def explain(error: BaseException, args: Any) -> UserError | None:
     for seen in chain:
         text = f"{type(seen).__name__}: {seen}"
         full = getattr(seen, "errno", None) == errno.ENOSPC or "No space left on device" in text
-        if full or any(sign in text for sign in _UNWRITTEN):
+        written = any(step in text for step in _WRITES)
+        if full or (written and any(sign in text for sign in _UNWRITTEN)):
             return _unwritten(args, full)
     import ray
 

@@ -96,7 +96,8 @@ def test_a_full_disk_and_a_dead_actor_are_explained(tmp_path, monkeypatch):
     full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     assert "no space left for" in str(failures.explain(full, args))
     # What reaches the driver of a full disk: torch's writer lost the reason.
-    lost = RuntimeError("CheckpointException ranks:dict_keys([0])")
+    load = RuntimeError("ray::Actor.init() CheckpointException ranks:dict_keys([0])")
+    lost = RuntimeError("ray::Actor.save_model() CheckpointException ranks:dict_keys([0])")
     assert "could not be written" in str(failures.explain(lost, args))
     checkpoints.write(tmp_path, 3)
     monkeypatch.setattr(failures.shutil, "disk_usage", lambda _: Namespace(free=100))
@@ -106,5 +107,6 @@ def test_a_full_disk_and_a_dead_actor_are_explained(tmp_path, monkeypatch):
     assert str(failures.explain(own, args)) == "scales differ"
     ray = pytest.importorskip("ray")
     assert failures.explain(ZeroDivisionError(), args) is None
+    assert failures.explain(load, args) is None
     died = str(failures.explain(ray.exceptions.ActorDiedError(), args))
     assert "an actor died" in died and "start the same command again" in died
