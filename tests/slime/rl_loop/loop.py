@@ -114,8 +114,10 @@ def flags(settings: Settings, out: Path, port: int) -> list[str]:
         "--eval-temperature 1.0 --custom-eval-rollout-log-function-path rl_loop.loop.log_held_out"
     )
     words = [*model.split(), *where.split(), *training.split(), "--fp8-recipe", settings.recipe]
-    if settings.device == "cpu":
-        words.append("--fp8-emulate")
+    # On a GPU without apex, which the output layer would need.
+    words.append(
+        "--fp8-emulate" if settings.device == "cpu" else "--no-gradient-accumulation-fusion"
+    )
     if settings.save_interval is not None:
         saved = str(out / "checkpoints")
         words += ["--save", saved, "--load", saved, "--save-interval", str(settings.save_interval)]
