@@ -140,6 +140,7 @@ def stops(broken: loop.Outcome, out: Path, says: str) -> None:
     """After rollout 0 in one line that says how to go on, and nothing of it goes on running."""
     assert broken.code == 2, broken.log[-3000:]
     error = [x for x in broken.log.splitlines() if "error:" in x][-1]
+    print(error)
     assert says in error and "goes on after rollout 0" in error
     assert not faults.left_running(out)
 
