@@ -162,7 +162,9 @@ def environment(settings: Settings, out: Path, slime: Path) -> dict[str, str]:
     if settings.device == "cpu":
         path.insert(0, str(HERE / "on_cpu"))
         env["SLIME_ACCELERATOR"] = "cpu"
-    env["PYTHONPATH"] = os.pathsep.join(path)
+    # What was added to this process's path, such as a folder of packages, is for the others too.
+    path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
     return env
 
 
