@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_fp8_ext.fp8.reference import BLOCK
-from megatron_fp8_ext.kernels import cast
+from megatron_fp8_ext.kernels import cast, hopper
 from megatron_fp8_ext.kernels.cast import (
     ONE_WAY_WARPS,
     TILE,
@@ -289,7 +289,7 @@ def swiglu_cast(
         columns: whether the operand of fc2's wgrad is wanted (the backward can make it later).
         keep: return the BF16 intermediate `[M, F]` too (for tests).
         stash: return the row-wise cast of `x` itself too; F must be a multiple of 128.
-        warps: warps of a program; None for what was found best.
+        warps: of Triton's program; None for what was found best (`hopper`, or Triton).
 
     Raises:
         ValueError: `x` is not such a matrix.
@@ -298,6 +298,7 @@ def swiglu_cast(
     if twice % 2:
         raise ValueError(f"SwiGLU's input must have an even number of columns, got {twice}")
     f = twice // 2
+    by_cuda = warps is None and not stash and hopper.takes(x, m, f)
     if warps is None:
         warps = WARPS if columns and not stash else ONE_WAY_WARPS
     if stash and f % BLOCK:
@@ -305,6 +306,9 @@ def swiglu_cast(
     out = cast.allocate(m, f, x.device, (rows, columns))
     stashed = cast.allocate(m, twice, x.device, (True, False)) if stash else None
     kept = torch.empty((m, f), dtype=torch.bfloat16, device=x.device) if keep else None
+    if by_cuda:
+        hopper.run("swiglu", (m, f), out, scale_format == "power_of_two", x, kept=kept)
+        return Activated(out, None, kept)
     *operands, row_stride, col_stride = cast.pointers(out, x)
     stash_codes, stash_scales, _, _, stash_stride, _ = cast.pointers(stashed or out, x)
     _forward_kernel[(triton.cdiv(f, BLOCK), triton.cdiv(m, BLOCK))](
@@ -327,7 +331,7 @@ def swiglu_backward_cast(
     keep: bool = False,
     y_columns: bool = False,
     apart: bool = True,
-    warps: int = BACKWARD_WARPS,
+    warps: int | None = None,
 ) -> ActivationGradients:
     """Return the cast of the gradient of SwiGLU's input.
 
@@ -339,8 +343,8 @@ def swiglu_backward_cast(
         columns: whether the operand of fc1's wgrad is wanted.
         keep: return the BF16 gradient `[M, 2F]` too (fc1's bias gradient, or tests).
         y_columns: compute SwiGLU's result again and return the operand of fc2's wgrad.
-        apart: a program for each result of a tile instead of one for all.
-        warps: warps of a program.
+        apart: a program for each result of a tile instead of one for all (Triton's).
+        warps: of Triton's program; None for what was found best (`hopper`, or Triton).
 
     Raises:
         ValueError: the shapes do not belong together, or a tensor is not contiguous BF16 or FP32.
@@ -359,6 +363,14 @@ def swiglu_backward_cast(
         values, stash_scales, stash_stride = x, x, 0
     out = cast.allocate(m, 2 * f, dy.device, (rows, columns))
     kept = torch.empty((m, 2 * f), dtype=torch.bfloat16, device=dy.device) if keep else None
+    if warps is None and stash is None and hopper.takes(dy, m, f) and hopper.takes(values):
+        y = cast.allocate(m, f, dy.device, (False, True)) if y_columns else None
+        source = "swiglu backward with y" if y_columns else "swiglu backward"
+        pow2 = scale_format == "power_of_two"
+        hopper.run(source, (m, f), out, pow2, values, dy=dy, y=y, kept=kept)
+        return ActivationGradients(out, y, kept)
+    if warps is None:
+        warps = BACKWARD_WARPS
     *operands, row_stride, col_stride = cast.pointers(out, dy)
     fixed = cast.constants(out, scale_format, torch.bfloat16, m % BLOCK == 0 and not straddling)
     if straddling:

@@ -59,3 +59,21 @@ def test_kernels_compile_for_hopper(tmp_path):
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 20
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_cuda_kernels_compile_for_hopper(power_of_two):
+    """NVRTC, as at run time; every kernel that the fused functions ask for, and the tests' KEEP."""
+    nvrtc = pytest.importorskip("megatron_fp8_ext.kernels.nvrtc")
+    from megatron_fp8_ext.kernels import hopper
+
+    try:
+        nvrtc._nvrtc()
+    except nvrtc.CudaError as error:
+        pytest.skip(str(error))
+    for source in hopper.SOURCES:
+        text, options = hopper.options(source, True, True, power_of_two, True)
+        cubin = nvrtc.compile_source(text, "hopper.cu", options)
+        assert cubin[:4] == b"\x7fELF"
+    with pytest.raises(nvrtc.CudaError, match=r"hopper.cu.*error"):
+        nvrtc.compile_source(text + "}", "hopper.cu", options)
