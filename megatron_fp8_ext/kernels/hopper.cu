@@ -5,7 +5,8 @@
 // directions are made of registers: 8 bytes of a row are 8 columns, 8 bytes of a column are 8 rows. Column-wise
 // codes go through shared memory once, whose 8-byte slots are permuted so that no two threads of a half warp meet.
 //
-// Macros from hopper.py: SOURCE (what makes the tile), ROWS, COLUMNS, POWER_OF_TWO, KEEP (store the tile too).
+// Macros from hopper.py: SOURCE (what makes the tile), ROWS, COLUMNS, POWER_OF_TWO, KEEP (store the tile too),
+// STASH (SwiGLU's input in 8 bits, stash.py: its forward writes that, its backward reads it).
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -27,6 +28,8 @@ struct Arguments {
   u8 *y_codes;
   float *y_scales;
   u16 *kept;
+  u8 *stash_codes;
+  u16 *stash_scales;
   int rows, columns;  // of the tiles' matrix; with SwiGLU's backward `columns` is F, that of one half
   int row_stride, column_stride, y_stride;
 };
@@ -197,24 +200,97 @@ __device__ __forceinline__ float up_gradient(float dy, float gate) {
   return dy * gate * reciprocal(1.0f + __expf(-gate));
 }
 
+#if STASH
+__device__ __forceinline__ size_t stash_block(const Place &at, int i, int half, const Arguments &a) {
+  const int tile = at.tile_k + half * (a.columns / 128);
+  return ((size_t)tile * a.rows + at.tile_m * 128 + at.first_row + i) * 4 + ((at.lane & 15) >> 2);
+}
+
+__device__ __forceinline__ size_t stash_eight(const Place &at, int i, int half, const Arguments &a) {
+  const size_t row = (size_t)at.tile_m * 128 + at.first_row + i;
+  return row * 2 * a.columns + half * a.columns + at.tile_k * 128 + at.first_column;
+}
+
+// The larger of each half; a NaN wins.
+__device__ __forceinline__ u32 larger_or_nan(u32 a, u32 b) {
+  u32 out;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+
+// Two numbers below 2^22 in size, rounded to integers, in the low two bytes: 1.5 2^23 leaves no bits after the point.
+__device__ __forceinline__ u32 integers(u32 pair, float inverse) {
+  const float first = fmaf(low(pair), inverse, 12582912.0f), second = fmaf(high(pair), inverse, 12582912.0f);
+  return __byte_perm(__float_as_uint(first), __float_as_uint(second), 0x0040);
+}
+
+// Eight columns of a row; four neighbouring lanes have a block of 32.
+__device__ __forceinline__ void keep_in_8_bits(const uint4 &x, const Place &at, int i, int half, const Arguments &a) {
+  u32 both = larger_or_nan(larger_or_nan(magnitude(x.x), magnitude(x.y)),
+                           larger_or_nan(magnitude(x.z), magnitude(x.w)));
+#pragma unroll
+  for (int other = 1; other <= 2; other <<= 1) both = larger_or_nan(both, __shfl_xor_sync(~0u, both, other));
+  both = larger_or_nan(both, __byte_perm(both, both, 0x1032));
+  u32 bits = round_pair(low(both) * (1.0f / 127), 0.0f) & 0xFFFFu;
+  float inverse = __frcp_rn(__uint_as_float(bits << 16));
+  if (__uint_as_float(bits << 16) < 0x1p-100f) bits = 0, inverse = 0.0f;
+  const bool broken = !(low(both) < __uint_as_float(0x7F800000u));
+  uint2 codes;
+  codes.x = __byte_perm(integers(x.x, inverse), integers(x.y, inverse), 0x5410);
+  codes.y = __byte_perm(integers(x.z, inverse), integers(x.w, inverse), 0x5410);
+  if (broken) bits = 0x7FC0u, codes.x = codes.y = 0;
+  *(uint2 *)(a.stash_codes + stash_eight(at, i, half, a)) = codes;
+  if ((at.lane & 3) == 0) a.stash_scales[stash_block(at, i, half, a)] = (u16)bits;
+}
+
+__device__ __forceinline__ void out_of_8_bits(float value[8], const Place &at, int i, int half, const Arguments &a) {
+  const uint2 codes = __ldg((const uint2 *)(a.stash_codes + stash_eight(at, i, half, a)));
+  const float scale = low(__ldg(a.stash_scales + stash_block(at, i, half, a)));
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    // 2^23 + 128 + code as FP32, without a conversion.
+    const u32 biased = (j < 4 ? codes.x : codes.y) ^ 0x80808080u;
+    value[j] = (__uint_as_float(__byte_perm(biased, 0x4B000000u, 0x7540 | (j & 3))) - 8388736.0f) * scale;
+  }
+}
+#endif
+
 #define OF(vector, p) (p == 0 ? vector.x : p == 1 ? vector.y : p == 2 ? vector.z : vector.w)
+
+__device__ __forceinline__ void unpack(float value[8], const uint4 &x) {
+#pragma unroll
+  for (int p = 0; p < 4; p++) value[2 * p] = low(OF(x, p)), value[2 * p + 1] = high(OF(x, p));
+}
 
 // SwiGLU's result (2), the gradient of its gate (0) or of its up (1).
 template <int RESULT>
 __device__ __forceinline__ void activation(Tile &tile, const Place &at, const Arguments &a) {
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    uint4 gate = eight(a.x, at, i, 2 * a.columns), up = gate, dy = gate;
-    if (RESULT != 1) up = eight(a.x + a.columns, at, i, 2 * a.columns);
-    if (RESULT != 2) dy = eight(a.dy, at, i, a.columns);
-#pragma unroll
-    for (int p = 0; p < 4; p++) {
-      u32 g = OF(gate, p), u = OF(up, p), d = OF(dy, p);
-      if (RESULT == 2) tile.pair[i][p] = round_pair(product(low(g), low(u)), product(high(g), high(u)));
-      if (RESULT == 0)
-        tile.pair[i][p] = round_pair(gate_gradient(low(d), low(g), low(u)), gate_gradient(high(d), high(g), high(u)));
-      if (RESULT == 1) tile.pair[i][p] = round_pair(up_gradient(low(d), low(g)), up_gradient(high(d), high(g)));
+    float gate[8], up[8], dy[8], out[8];
+#if STASH && SOURCE != SWIGLU
+    out_of_8_bits(gate, at, i, 0, a);
+    if (RESULT != 1) out_of_8_bits(up, at, i, 1, a);
+#else
+    const uint4 packed_gate = eight(a.x, at, i, 2 * a.columns);
+    unpack(gate, packed_gate);
+    if (RESULT != 1) {
+      const uint4 packed_up = eight(a.x + a.columns, at, i, 2 * a.columns);
+      unpack(up, packed_up);
+#if STASH
+      keep_in_8_bits(packed_gate, at, i, 0, a);
+      keep_in_8_bits(packed_up, at, i, 1, a);
+#endif
     }
+#endif
+    if (RESULT != 2) unpack(dy, eight(a.dy, at, i, a.columns));
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+      out[j] = RESULT == 2   ? product(gate[j], up[j])
+               : RESULT == 0 ? gate_gradient(dy[j], gate[j], up[j])
+                             : up_gradient(dy[j], gate[j]);
+#pragma unroll
+    for (int p = 0; p < 4; p++) tile.pair[i][p] = round_pair(out[2 * p], out[2 * p + 1]);
   }
 }
 

@@ -1,8 +1,8 @@
 """The casts of whole 128x128 tiles in CUDA C++ (`hopper.cu`), for Hopper.
 
 `cast`, `swiglu` and `rmsnorm` come here by themselves when `takes` says yes: BF16, no partial tile. The rest
-stays with Triton, and all of it with `MEGATRON_FP8_EXT_KERNELS=triton` in the environment. Codes and scales are
-the same bits; SwiGLU's result may differ from Triton's by one BF16 rounding.
+stays with Triton, and all of it with `MEGATRON_FP8_EXT_KERNELS=triton` in the environment. Codes and scales
+are the same bits; SwiGLU's result may differ from Triton's by one BF16 rounding.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megatron_fp8_ext.kernels import nvrtc, support
 
 if TYPE_CHECKING:
     from megatron_fp8_ext.kernels.cast import BlockCast
+    from megatron_fp8_ext.kernels.stash import Stash
 
 VARIABLE = "MEGATRON_FP8_EXT_KERNELS"
 THREADS = 256
@@ -29,7 +30,7 @@ PROGRAMS = 3
 SOURCES = ("plain", "swiglu", "swiglu backward", "swiglu backward with y", "rmsnorm")
 _POINTERS = (
     "x", "dy", "gain", "rstd", "row_codes", "row_scales", "column_codes", "column_scales",
-    "y_codes", "y_scales", "kept",
+    "y_codes", "y_scales", "kept", "stash_codes", "stash_scales",
 )  # fmt: skip
 _NUMBERS = ("rows", "columns", "row_stride", "column_stride", "y_stride")
 
@@ -62,14 +63,14 @@ def reason(device: int) -> str | None:
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
         return "not a Hopper GPU"
     try:
-        kernel(device, "plain", True, False, True, False)
+        kernel(device, "plain", True, False, True, False, False)
     except (nvrtc.CudaError, OSError, AttributeError) as error:
         return str(error)
     return None
 
 
 def options(
-    source: str, rows: bool, columns: bool, power_of_two: bool, keep: bool
+    source: str, rows: bool, columns: bool, power_of_two: bool, keep: bool, stash: bool
 ) -> tuple[str, list[str]]:
     """The text of hopper.cu and the options that make one kernel of it."""
     text = resources.files("megatron_fp8_ext.kernels").joinpath("hopper.cu").read_text("utf-8")
@@ -79,6 +80,7 @@ def options(
         "COLUMNS": int(columns),
         "POWER_OF_TWO": int(power_of_two),
         "KEEP": int(keep),
+        "STASH": int(stash),
         "BLOCKS": PROGRAMS,
     }
     return text, [
@@ -90,10 +92,16 @@ def options(
 
 @functools.cache
 def kernel(
-    device: int, source: str, rows: bool, columns: bool, power_of_two: bool, keep: bool
+    device: int,
+    source: str,
+    rows: bool,
+    columns: bool,
+    power_of_two: bool,
+    keep: bool,
+    stash: bool,
 ) -> nvrtc.Kernel:
     """Compile and load one kernel, once a process."""
-    text, given = options(source, rows, columns, power_of_two, keep)
+    text, given = options(source, rows, columns, power_of_two, keep, stash)
     with torch.cuda.device(device):
         return nvrtc.Kernel(nvrtc.compile_source(text, "hopper.cu", given), "cast_tiles")
 
@@ -110,6 +118,7 @@ def run(
     rstd: Tensor | None = None,
     y: BlockCast | None = None,
     kept: Tensor | None = None,
+    stash: Stash | None = None,
 ) -> None:
     """Launch one kernel.
 
@@ -124,6 +133,7 @@ def run(
         rstd: `[rows]` FP32, for RMSNorm.
         y: where the column-wise cast of SwiGLU's result goes, for its backward.
         kept: where the tile itself goes.
+        stash: where SwiGLU's input goes in 8 bits, or for its backward comes from instead of `x`.
     """
     rows, columns = size
     made = Arguments(rows=rows, columns=columns, x=x.data_ptr())
@@ -143,6 +153,8 @@ def run(
         made.y_stride = y.columns.scale_inv.stride(0)
     if kept is not None:
         made.kept = kept.data_ptr()
+    if stash is not None:
+        made.stash_codes, made.stash_scales = stash.codes.data_ptr(), stash.scales.data_ptr()
     results = 3 if y is not None else 2 if dy is not None else 1
     device = x.device.index
     found = kernel(
@@ -152,6 +164,7 @@ def run(
         out.columns is not None,
         power_of_two,
         kept is not None,
+        stash is not None,
     )
     grid = (results * (columns // BLOCK), rows // BLOCK)
     if device == torch.cuda.current_device():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -9,9 +11,10 @@ if not torch.cuda.is_available():
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
 from kernel_cases import FORMATS, assert_same_cast, edge_cases, ulps_apart  # noqa: E402
+from test_kernel_fusions import same_stash  # noqa: E402
 
 from megatron_fp8_ext.fp8 import reference  # noqa: E402
-from megatron_fp8_ext.kernels import hopper, rmsnorm, swiglu  # noqa: E402
+from megatron_fp8_ext.kernels import hopper, rmsnorm, stash, swiglu  # noqa: E402
 from megatron_fp8_ext.kernels.cast import cast_1x128  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -21,6 +24,21 @@ WAYS = ((True, True), (True, False), (False, True))
 def test_they_are_used():
     assert hopper.reason(0) is None
     assert hopper.takes(torch.zeros(128, 128, device="cuda", dtype=torch.bfloat16), 128, 128)
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["loaded before", "compiled there"])
+def test_a_thread_without_a_context(new):
+    """One that never called CUDA's runtime, as autograd's may be, compiles and launches all the same."""
+    x = torch.randn(256, 256, device="cuda", dtype=torch.bfloat16)
+    want = cast_1x128(x, "power_of_two")
+    del want
+    want = cast_1x128(x, "power_of_two")  # blocks of these sizes are in the allocator's cache
+    torch.cuda.synchronize()
+    if new:
+        hopper.kernel.cache_clear()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        got = thread.submit(cast_1x128, x, "power_of_two").result()
+    same(got, want)
 
 
 def same(ours, theirs):
@@ -106,3 +124,33 @@ def test_rmsnorm_columns(m, h, scale_format):
     columns = rmsnorm.rmsnorm_columns(x, gain, normed.rstd, scale_format)
     same(columns, rmsnorm.rmsnorm_columns(x, gain, normed.rstd, scale_format, warps=16))
     same(columns, cast_1x128(normed.kept, scale_format, rows=False))
+
+
+@pytest.mark.parametrize("m, f", [(128, 128), (384, 640), (2048, 8960)])
+def test_stash(m, f):
+    torch.manual_seed(0)
+    x = torch.randn(m, 2 * f, device="cuda", dtype=torch.bfloat16) * 8
+    x[:, ::97] *= 40
+    x[3, 5], x[7, 140 % f], x[9, 30:70] = float("nan"), float("inf"), 0
+    x[11, :32] = 1e-38
+    made = swiglu.swiglu_cast(x, "power_of_two", columns=False, stash=True, keep=True)
+    plain = swiglu.swiglu_cast(x, "power_of_two", columns=False, keep=True)
+    assert torch.equal(made.kept.view(torch.int16), plain.kept.view(torch.int16))
+    same(made.cast, plain.cast)
+    same_stash(made.stash, stash.quantize(x))
+    triton = swiglu.swiglu_cast(x, "power_of_two", columns=False, stash=True, warps=8).stash
+    same_stash(made.stash, triton)
+    # The backward from the stash is the backward from what the stash stands for, in FP32.
+    dy = torch.randn(m, f, device="cuda", dtype=torch.bfloat16) * 1e-3
+    ours = swiglu.swiglu_backward_cast(dy, made.stash, "power_of_two", keep=True, y_columns=True)
+    exact = made.stash.dequantize().requires_grad_()
+    gate, up = exact.chunk(2, dim=-1)
+    y = torch.nn.functional.silu(gate) * up
+    (dx,) = torch.autograd.grad(y, exact, dy.float())
+    finite = dx.isfinite()
+    assert torch.equal(finite, ours.kept.isfinite())
+    assert ulps_apart(ours.kept[finite], dx[finite]) <= 2
+    same(ours.cast, cast_1x128(ours.kept, "power_of_two"))
+    theirs = swiglu.swiglu_backward_cast(dy, made.stash, "power_of_two", y_columns=True, warps=16)
+    codes = ours.y.columns.codes, theirs.y.columns.codes
+    assert (codes[0] != codes[1]).float().mean() < 1e-3
