@@ -86,7 +86,7 @@ class Watch:
                     continue
                 silent = time.monotonic() - heard[url]
                 if silent >= self.patience:
-                    self._interrupt(f"rollout server {url} {found} (no token for {silent:.0f} s)")
+                    self._interrupt(f"rollout server {url} {found}, no token for {silent:.0f} s")
                     return
 
     def _interrupt(self, reason: str) -> None:

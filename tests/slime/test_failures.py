@@ -68,7 +68,7 @@ def test_a_server_that_hangs_ends_the_run(engine, tmp_path, monkeypatch, started
     monkeypatch.setattr(failures.Watch.__init__, "__defaults__", (failures.ailment, 0.05))
     checkpoints.write(tmp_path, 7)
     args = arguments(engine, tmp_path)
-    with pytest.raises(UserError, match=r"generates nothing \(no token .* goes on after rollout 7"):
+    with pytest.raises(UserError, match=r"generates nothing, no token .* goes on after rollout 7"):
         with failures.watched(args):
             time.sleep(0.5)  # answers: nothing happens
             Engine.hung.set()
