@@ -35,7 +35,8 @@ def test_a_thread_without_a_context(new):
     want = cast_1x128(x, "power_of_two")  # blocks of these sizes are in the allocator's cache
     torch.cuda.synchronize()
     if new:
-        hopper.kernel.cache_clear()
+        for cache in (hopper._tile_kernel, hopper._kernel):
+            cache.cache_clear()
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         got = thread.submit(cast_1x128, x, "power_of_two").result()
     same(got, want)
@@ -154,3 +155,49 @@ def test_stash(m, f):
     theirs = swiglu.swiglu_backward_cast(dy, made.stash, "power_of_two", y_columns=True, warps=16)
     codes = ours.y.columns.codes, theirs.y.columns.codes
     assert (codes[0] != codes[1]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("m, h", [(1, 128), (37, 896), (1000, 1536), (4096, 3584), (130, 8192)])
+def test_rmsnorm_rows(m, h, scale_format):
+    torch.manual_seed(0)
+    x = torch.randn(m, h, device="cuda", dtype=torch.bfloat16) * 3
+    gain = torch.randn(h, device="cuda", dtype=torch.bfloat16)
+    got = rmsnorm.rmsnorm_cast(x, gain, 1e-6, scale_format, columns=False, keep=True)
+    exact = torch.nn.functional.rms_norm(x.double(), (h,), gain.double(), 1e-6)
+    assert ulps_apart(got.kept, exact.float()) <= 1
+    rstd = (x.double().square().mean(dim=1) + 1e-6).rsqrt()
+    torch.testing.assert_close(got.rstd.double(), rstd, rtol=1e-6, atol=0)
+    want = reference.quantize_rows(got.kept, scale_format)
+    assert_same_cast(got.cast.quantized(), want)
+    quiet = rmsnorm.rmsnorm_cast(x, gain, 1e-6, scale_format, columns=False)
+    same(quiet.cast, got.cast)
+
+
+@pytest.mark.parametrize("m, h", [(1, 128), (37, 896), (5000, 1536), (4096, 3584), (130, 8192)])
+def test_rmsnorm_backward(m, h):
+    torch.manual_seed(0)
+    x = torch.randn(m, h, device="cuda", dtype=torch.bfloat16) * 3
+    dy = torch.randn(m, h, device="cuda", dtype=torch.bfloat16) * 1e-3
+    gain = torch.randn(h, device="cuda", dtype=torch.bfloat16)
+    rstd = rmsnorm.rmsnorm_cast(x, gain, 1e-6, "power_of_two", columns=False).rstd
+
+    def backward():
+        return rmsnorm.rmsnorm_backward_cast(
+            dy, x, gain, rstd, "power_of_two", rows=False, columns=False
+        )
+
+    got, again = backward(), backward()
+    assert torch.equal(got.dx, again.dx) and torch.equal(got.dweight, again.dweight)
+    xd, gd = x.double().requires_grad_(), gain.double().requires_grad_()
+    y = torch.nn.functional.rms_norm(xd, (h,), gd, 1e-6)
+    dx, dgain = torch.autograd.grad(y, (xd, gd), dy.double())
+    # Where the two terms cancel, FP32's rounding of them shows.
+    near = (got.dx.double() - dx).abs() <= 2.0**-8 * dx.abs() + 1e-6 * dy.double().abs().max()
+    assert near.all()
+    torch.testing.assert_close(got.dweight.double(), dgain, rtol=1e-4, atol=1e-5)
+    # NaN stays in its row, and reaches the weight.
+    dy[0, 3] = float("nan")
+    spoiled = backward()
+    assert spoiled.dx[0].isnan().all() and not spoiled.dx[1:].isnan().any()
+    assert spoiled.dweight.isnan().sum() == 1
