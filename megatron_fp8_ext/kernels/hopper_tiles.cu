@@ -241,6 +241,9 @@ typedef uint4 Packed;
 extern __shared__ uint4 staged[];  // dy, gate, up: [8][256] each
 
 struct Inputs {
+#if STASH
+  u32 scales[8];  // of gate, low, and of up
+#endif
   __device__ __forceinline__ uint4 *dy(int i) const { return staged + i * 256 + threadIdx.x; }
   __device__ __forceinline__ Packed *half(int i, int which) const {
     return (Packed *)(staged + 2048) + (which * 8 + i) * 256 + threadIdx.x;
@@ -267,6 +270,10 @@ struct Inputs {
                      : "memory");
 #endif
       }
+#if STASH
+      scales[i] = __ldg(a.stash_scales + stash_block(at, i, 0, a)) |
+                  ((u32)__ldg(a.stash_scales + stash_block(at, i, 1, a)) << 16);
+#endif
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
   }
@@ -274,14 +281,14 @@ struct Inputs {
 
 // SwiGLU's result (2), the gradient of its gate (0) or of its up (1).
 template <int RESULT>
-__device__ __forceinline__ void activation(Tile &tile, const Inputs &in, const Place &at, const Arguments &a) {
+__device__ __forceinline__ void activation(Tile &tile, const Inputs &in) {
   asm volatile("" ::: "memory");  // or the compiler keeps 64 exponentials for the next result, and spills them
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     float gate[8], up[8], dy[8], out[8];
 #if STASH
-    out_of_8_bits(gate, *in.half(i, 0), low(__ldg(a.stash_scales + stash_block(at, i, 0, a))));
-    if (RESULT != 1) out_of_8_bits(up, *in.half(i, 1), low(__ldg(a.stash_scales + stash_block(at, i, 1, a))));
+    out_of_8_bits(gate, *in.half(i, 0), low(in.scales[i]));
+    if (RESULT != 1) out_of_8_bits(up, *in.half(i, 1), high(in.scales[i]));
 #else
     unpack(gate, *in.half(i, 0));
     if (RESULT != 1) unpack(up, *in.half(i, 1));
@@ -339,13 +346,13 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) cast_tiles(const Argum
   const Place at(blockIdx.y, blockIdx.x);
   const Inputs in(at, a);
 #if SOURCE == SWIGLU_BACKWARD_Y
-  activation<2>(tile, in, at, a);
+  activation<2>(tile, in);
   store_columns(tile, at, a.y_codes, a.y_scales, a.rows, a.y_stride);
 #endif
   Place to = at;
-  activation<0>(tile, in, at, a);
+  activation<0>(tile, in);
   store(tile, to, a, 2 * a.columns);
-  activation<1>(tile, in, at, a);
+  activation<1>(tile, in);
   to.tile_k += a.columns / 128;
   store(tile, to, a, 2 * a.columns);
 #endif
