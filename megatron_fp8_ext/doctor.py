@@ -40,7 +40,7 @@ def examine() -> list[Finding]:
     torch, finding = _import("torch", "pip install torch")
     findings = [_python(), finding]
     if torch is not None:
-        findings.append(_gpu(torch))
+        findings += [_gpu(torch), *_kernels(torch)]
     findings += [_megatron(), _transformer_engine(torch)]
     findings += _optional() + _name_conflicts() + _environment()
     return findings
@@ -90,6 +90,23 @@ def _gpu(torch: Any) -> Finding:
         return Finding("ok", "GPU", name)
     what, _, mend = gap.partition("; ")
     return Finding("fail", "GPU", f"{name}: {what}", mend)
+
+
+def _kernels(torch: Any) -> list[Finding]:
+    """Whether the fused layers' kernels compile on this GPU; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return []
+    from megatron_fp8_ext.kernels import hopper, support
+
+    gap = support.gap(torch.device("cuda", 0))
+    if gap is not None:
+        mend = "layers keep TransformerEngine's path; fused ones need Triton and Hopper"
+        return [Finding("note", "fused kernels", gap, mend)]
+    reason = hopper.reason(0)
+    if reason is not None:
+        mend = "they run in Triton, slower; torch's CUDA packages bring NVRTC"
+        return [Finding("note", "fused kernels", reason, mend)]
+    return [Finding("ok", "fused kernels", "CUDA, compiled at run time")]
 
 
 def _megatron() -> Finding:
