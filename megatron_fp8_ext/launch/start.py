@@ -107,9 +107,14 @@ def start(plan: Plan, launched: Launch) -> int:
             _write(Path(path), content)
     except OSError as error:
         raise UserError(f"--output {plan.output} cannot be written: {error.strerror}") from error
-    for step in launched.steps:
+    for left, step in zip(reversed(range(len(launched.steps))), launched.steps, strict=True):
         code = _run(step)
         if code:
+            if left:
+                what = step.why.partition(":")[0] or step.argv[0]
+                print(
+                    f"megatron-fp8: error: {what} failed; training was not started", file=sys.stderr
+                )
             return code
     return 0
 

@@ -24,10 +24,10 @@ def examine(model: Path | None, engine_gpus: int, tp: int) -> list[Row]:
 
     Args:
         model: folder of the served checkpoint.
-        engine_gpus: `--rollout-num-gpus-per-engine`.
+        engine_gpus: `--rollout-num-gpus-per-engine`; 0 where no engine runs here (SFT, or engines elsewhere).
         tp: tensor parallel size of training.
     """
-    rows = [_slime(), *_packages(), *dashboards(_command_lines())]
+    rows = [_slime(), *_packages(serves=engine_gpus > 0), *dashboards(_command_lines())]
     rows += _tried("torch loading", lambda: preflight.refuse_unsafe_loading(os.environ), "safe")
     if model is not None:
         rows += _model(model, engine_gpus, tp)
@@ -52,7 +52,7 @@ def _slime() -> Row:
     return ("ok", "slime", f"{found.root}, {line}", "")
 
 
-def _packages() -> list[Row]:
+def _packages(serves: bool) -> list[Row]:
     rows: list[Row] = []
     for name, use in (("ray", "slime runs on it"), ("sglang", "serves the rollouts")):
         version = compat.distribution_version(name)
@@ -60,7 +60,7 @@ def _packages() -> list[Row]:
             rows.append(("fail", name, f"not installed ({use})", f"pip install {name}"))
         else:
             rows.append(("ok", name, version, ""))
-    if importlib.util.find_spec("sglang") and not importlib.util.find_spec("sgl_kernel"):
+    if serves and importlib.util.find_spec("sglang") and not importlib.util.find_spec("sgl_kernel"):
         rows.append(
             ("fail", "sgl_kernel", "not installed: SGLang cannot serve", "pip install sglang")
         )
@@ -118,11 +118,12 @@ def _model(model: Path, engine_gpus: int, tp: int) -> list[Row]:
         preflight.served_scale_format(quantization)
     ]
     rows += _tried("quantization", lambda: weights.check_config(quantization), f"fits {fits}")
-    rows += _tried(
-        "engine TP",
-        lambda: preflight.refuse_engine_tp(config, engine_gpus),
-        f"{engine_gpus} splits whole blocks",
-    )
+    if engine_gpus:
+        rows += _tried(
+            "engine TP",
+            lambda: preflight.refuse_engine_tp(config, engine_gpus),
+            f"{engine_gpus} splits whole blocks",
+        )
     rows += _tried(
         "blocks", lambda: preflight.block_mismatch(config, tp), "training's are the served model's"
     )

@@ -211,7 +211,9 @@ def test_the_scale_format_of_slime_runs_is_pinned():
     for name, scales in (("qwen2.5-7b-sft-stage1", "0"), ("qwen2.5-7b-rl-stage1", "1")):
         found = planned(name)
         assert found.environment["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] == scales
-        assert found.value("--fp8-recipe") == "blockwise" and "--fp8-param-gather" in found.flags
+        submitted = render.launch(found).steps[-1].argv
+        assert "megatron_fp8_ext.slime_plugin" in submitted, "our launcher checks and expands"
+        assert found.value("--fp8-recipe") == ("infir2-rl" if scales == "1" else "infir2")
 
 
 def test_all_problems_at_once(tmp_path):
@@ -361,11 +363,39 @@ def test_a_preset_with_a_secret_does_not_start(tmp_path):
 
 def test_nothing_binds_beyond_loopback():
     first, ray, submit = render.launch(planned("qwen2.5-7b-sft-stage1", slime="S")).steps
-    assert first.argv == ("env", "SLIME_PATH=S", "megatron-fp8", "doctor", "--slime")
+    assert first.argv[:4] == ("env", "SLIME_PATH=S", "megatron-fp8", "doctor")
+    assert " ".join(first.argv[4:]) == "--gpus 8 --slime --engine-gpus 0"
     assert ray.argv[:2] == ("ray", "start") and "0.0.0.0" not in str((first, ray, submit))
     assert ray.argv[ray.argv.index("--dashboard-host") + 1] == "127.0.0.1"
     environment = json.loads(submit.argv[submit.argv.index("--runtime-env-json") + 1])
-    assert environment["env_vars"]["PYTHONPATH"] == "S"
+    assert environment["env_vars"]["PYTHONPATH"] == "S:${PYTHONPATH}"
+    assert environment["env_vars"]["SLIME_PATH"] == "S"
+
+
+def test_a_running_ray_cluster_is_examined_by_a_job_of_its_own_first():
+    name, address = "qwen2.5-7b-rl-stage1", "http://head:8265"
+    found = planned(name, slime="S", ray_address=address, inputs={"model": "M"})
+    check, submit = render.launch(found).steps
+    for step in (check, submit):
+        assert step.argv[:5] == ("ray", "job", "submit", "--address", address)
+    words = " ".join(check.argv[check.argv.index("--") + 1 :])
+    assert words.startswith(
+        "python3 -m megatron_fp8_ext.cli doctor --every-node --cluster-gpus 32 --gpus 8"
+    )
+    assert words.endswith("--slime --engine-gpus 4 --hf-checkpoint M --tensor-parallel 4")
+    assert "NVTE_" not in str(check.argv), "doctor takes a recipe's variables for strays"
+    text = render.shell(render.launch(found))
+    assert "--tensor-parallel 4 &&\nray job submit" in text, "pasted, it stops there as well"
+
+
+def test_a_failed_preflight_starts_nothing(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program = (sys.executable, "-c", "open('started', 'w'); raise SystemExit(3)")
+    check = render.Step((sys.executable, "-c", "raise SystemExit(1)"), why="preflight: mend")
+    found = planned("qwen2.5-7b-cpt", inputs={"output": str(tmp_path / "out")})
+    assert start.start(found, render.Launch((check, render.Step(program)))) == 1
+    assert "preflight failed; training was not started" in capfd.readouterr().err
+    assert not Path("started").exists()
 
 
 # The reference's scripts and tools.

@@ -1,6 +1,8 @@
 # preflight of this node: stops here, with the mend, where training would fail
 env SLIME_PATH=SLIME megatron-fp8 doctor \
-    --slime
+    --gpus 8 \
+    --slime \
+    --engine-gpus 0 &&
 # a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); `ray stop` ends it
 ray start \
     --head \
@@ -8,11 +10,11 @@ ray start \
     --dashboard-host 127.0.0.1 \
     --dashboard-port 8265 \
     --num-gpus 8 \
-    --disable-usage-stats
+    --disable-usage-stats &&
 ray job submit \
     --address http://127.0.0.1:8265 \
-    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_SFT_BF16_1.5B_stage1/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "PYTHONPATH": "SLIME"}}' \
-    -- python3 SLIME/train_async.py \
+    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_SFT_BF16_1.5B_stage1/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "SLIME_PATH": "SLIME", "PYTHONPATH": "SLIME:${PYTHONPATH}"}}' \
+    -- python3 -m megatron_fp8_ext.slime_plugin train_async.py \
     --num-layers 28 \
     --hidden-size 1536 \
     --ffn-hidden-size 8960 \
@@ -74,4 +76,5 @@ ray job submit \
     --debug-train-only \
     --use-dynamic-batch-size \
     --max-tokens-per-gpu 32768 \
+    --fp8-recipe bf16 \
     --load exp/InfiR2_SFT_BF16_1.5B_stage1/checkpoints

@@ -1,9 +1,10 @@
 # preflight of this node: stops here, with the mend, where training would fail
 env SLIME_PATH=SLIME megatron-fp8 doctor \
+    --gpus 8 \
     --slime \
-    --hf-checkpoint MODEL \
     --engine-gpus 4 \
-    --tensor-parallel 4
+    --hf-checkpoint MODEL \
+    --tensor-parallel 4 &&
 # a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); `ray stop` ends it
 ray start \
     --head \
@@ -11,11 +12,11 @@ ray start \
     --dashboard-host 127.0.0.1 \
     --dashboard-port 8265 \
     --num-gpus 8 \
-    --disable-usage-stats
+    --disable-usage-stats &&
 ray job submit \
     --address http://127.0.0.1:8265 \
-    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_RL_BF16_7B_stage2/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:2048", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "PYTHONPATH": "SLIME"}}' \
-    -- python3 SLIME/train.py \
+    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_RL_BF16_7B_stage2/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:2048", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "SLIME_PATH": "SLIME", "PYTHONPATH": "SLIME:${PYTHONPATH}"}}' \
+    -- python3 -m megatron_fp8_ext.slime_plugin train.py \
     --num-layers 28 \
     --hidden-size 3584 \
     --ffn-hidden-size 18944 \
@@ -97,4 +98,5 @@ ray job submit \
     --max-tokens-per-gpu 16384 \
     --rollout-max-response-len 16384 \
     --rollout-temperature 1.1 \
+    --fp8-recipe bf16 \
     --load exp/InfiR2_RL_BF16_7B_stage2/checkpoints
