@@ -77,7 +77,7 @@ def test_a_node_that_cannot_train_is_named_and_nothing_starts(place):
         assert reason in done.stdout + done.stderr and "unset it" in done.stdout + done.stderr
         assert "training was not started" in done.stderr
         # What the nodes do not have: GPUs that torch sees, and more nodes.
-        done = run(place, address, *external[2:], nodes=4)
+        done = run(place, address, "--", *external[2:], nodes=4)
         assert done.returncode == 1
         for words in (
             "the cluster: 2 GPUs, and this run waits for 4",
