@@ -131,8 +131,8 @@ def _ray(plan: Plan) -> tuple[Step, ...]:
     start = Step(
         ("ray", "start", "--head", "--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1",
          "--dashboard-port", "8265", "--num-gpus", str(plan.gpus), "--disable-usage-stats"),
-        why="a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); "
-        "`ray stop` ends it",
+        why="a Ray of this machine alone, its dashboard on loopback (its job API runs any code it is "
+        "sent); `ray stop` ends it",
     )  # fmt: skip
     return (_preflight(doctor(plan)), start, Step(slime_job(plan)))
 

@@ -43,11 +43,17 @@ SMALL = {
     "cpt": "global-batch-size=2 seq-length=128 train-iters=3 lr-warmup-iters=1 lr-wsd-decay-iters=1 "
     "eval-iters=0 eval-interval=1000 split=100,0,0 num-workers=0",
     "sft": "global-batch-size=4 seq-length=256 train-samples=8",
-    # The reward of the preset wants thoughts and a boxed number; this one, slime's too, is the overlap of words.
-    "rl": "context-parallel-size=1 rollout-num-gpus-per-engine=1 lr=5e-5 colocate=false rm-type=f1 num-rollout=1 "
-    "save-interval=1 rollout-batch-size=2 over-sampling-batch-size=2 n-samples-per-prompt=4 global-batch-size=8 "
-    "rollout-max-response-len=16 max-tokens-per-gpu=1024",
+    # The preset's reward wants thoughts and a boxed number; f1, slime's too, is the overlap of words.
+    "rl": "context-parallel-size=1 rollout-num-gpus-per-engine=1 lr=5e-5 colocate=false rm-type=f1 "
+    "num-rollout=1 save-interval=1 rollout-batch-size=2 over-sampling-batch-size=2 "
+    "n-samples-per-prompt=4 global-batch-size=8 rollout-max-response-len=16 max-tokens-per-gpu=1024",
 }
+ON_THE_CPU = (
+    "--no-save-optim --fp8-emulate --spec rl_loop.layers spec --sglang-router-port {port} "
+    "--rollout-external-engine-addrs 127.0.0.1:{port} --sglang-router-ip 127.0.0.1 --update-weight-mode full "
+    "--sglang-enable-deterministic-inference "
+    "--update-weight-transport disk --update-weight-disk-dir push"
+)
 LOOP = ROOT / "tests" / "slime"
 QUESTIONS = {
     "What is the capital of France?": "The capital of France is Paris.",
@@ -155,6 +161,26 @@ def serving(place: Path, port: int) -> Iterator[None]:
 
 def environment(folder: Path) -> dict[str, str]:
     return {**ray_cluster.environment(), "HF_HUB_OFFLINE": "1"}
+
+
+def smaller(words: list[str], cluster: tuple[str, int]) -> list[str]:
+    """The page's command, at the size of a test."""
+    if words[:2] == ["data", "pack"]:
+        words[words.index("--seq-length") + 1] = "256"
+    if words[0] == "run":
+        stage = next(stage for stage in SMALL if f"-{stage}" in words[1])
+        settings = [token for text in (*ALL, *SMALL[stage].split()) for token in ("--set", text)]
+        words += [*settings, "--nodes", "1", "--gpus", "1"]
+        if stage != "rl":  # checkpoints of the weights alone: 0.4 GB instead of 2.7
+            return [*words, "--", "--no-save-optim", "--no-save-rng"]
+        dashboard, port = cluster
+        words[words.index("--ray-address") + 1] = dashboard
+        words += ["--", *ON_THE_CPU.format(port=port).split()]
+    if words[0] == "eval":
+        words += ["--server", "transformers", "--server-args", "--device cpu", "--samples", "2"]
+        words += ["--max-tokens", "24", "--batch", "1", "--server-python"]
+        words += [os.environ["MEGATRON_FP8_SERVER_PYTHON"]]
+    return words
 
 
 def walk(place: Path, line: str, cluster: tuple[str, int]) -> str:

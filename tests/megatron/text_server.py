@@ -1,4 +1,6 @@
-"""The RL loop's rollout server (tests/slime/rl_loop) for a model of text: python text_server.py MODEL --port PORT.
+"""The RL loop's rollout server (tests/slime/rl_loop) for a model of text.
+
+python text_server.py MODEL --port PORT
 
 Only the tokenizer differs: the loop's own knows sums.
 """

@@ -279,6 +279,19 @@ def test_rl_holds_the_export_to_the_recipe():
     assert "has no fmt" in text and "--scale-format fp32" in text
     fits = planned("qwen2.5-7b-rl-stage1", "fp8-recipe=infir2", facts=plan.Facts(config=config))
     assert "every weight push" not in "\n".join(checks.problems(fits))
+    bf16 = plan.Facts(config=presets.model_facts("Qwen2.5-7B"))
+    for name, facts, words in (
+        ("qwen2.5-7b-rl-stage1", bf16, "served in BF16 and infir2-rl trains in FP8"),
+        (
+            "qwen2.5-7b-rl-stage1-bf16",
+            plan.Facts(config=config),
+            "served in FP8 and bf16 trains in BF16",
+        ),
+    ):
+        assert words in "\n".join(checks.problems(planned(name, facts=facts)))
+        mixed = planned(name, facts=facts, extra=("--allow-mixed-rollout",))
+        assert words not in "\n".join(checks.problems(mixed))
+    assert not checks._quantization(planned("qwen2.5-7b-rl-stage1-bf16", facts=bf16))
     engine = planned("qwen2.5-7b-rl-stage1", "rollout-num-gpus-per-engine=8")
     assert any("key/value rows 512" in p for p in checks.problems(engine))
 

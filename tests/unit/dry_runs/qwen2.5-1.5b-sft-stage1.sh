@@ -3,7 +3,7 @@ env SLIME_PATH=SLIME megatron-fp8 doctor \
     --gpus 8 \
     --slime \
     --engine-gpus 0 &&
-# a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); `ray stop` ends it
+# a Ray of this machine alone, its dashboard on loopback (its job API runs any code it is sent); `ray stop` ends it
 ray start \
     --head \
     --node-ip-address 127.0.0.1 \
@@ -60,6 +60,7 @@ ray job submit \
     --use-tensorboard \
     --actor-num-nodes 2 \
     --actor-num-gpus-per-node 8 \
+    --num-gpus-per-node 8 \
     --expert-model-parallel-size 1 \
     --expert-tensor-parallel-size 1 \
     --hf-checkpoint MODEL \
@@ -172,6 +173,7 @@ srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" ray job submit \
     --use-tensorboard \
     --actor-num-nodes 2 \
     --actor-num-gpus-per-node 8 \
+    --num-gpus-per-node 8 \
     --expert-model-parallel-size 1 \
     --expert-tensor-parallel-size 1 \
     --hf-checkpoint MODEL \

@@ -5,7 +5,7 @@ env SLIME_PATH=SLIME megatron-fp8 doctor \
     --engine-gpus 4 \
     --hf-checkpoint MODEL \
     --tensor-parallel 4 &&
-# a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); `ray stop` ends it
+# a Ray of this machine alone, its dashboard on loopback (its job API runs any code it is sent); `ray stop` ends it
 ray start \
     --head \
     --node-ip-address 127.0.0.1 \
@@ -61,6 +61,7 @@ ray job submit \
     --use-tensorboard \
     --actor-num-nodes 4 \
     --actor-num-gpus-per-node 8 \
+    --num-gpus-per-node 8 \
     --colocate \
     --expert-model-parallel-size 1 \
     --expert-tensor-parallel-size 1 \
