@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from conftest import ROOT, free_port
 PYTHON = "MEGATRON_FP8_SLIME_PYTHON"
 
 
+@functools.cache
 def python() -> str:
     """Python of an environment with slime's packages and `ray[default]`; skips the test without one."""
     found = os.environ.get(PYTHON)
@@ -26,7 +28,10 @@ def python() -> str:
         pytest.skip(
             f"needs {PYTHON}, a Python with ray[default] and what slime imports (docs/rl.md)"
         )
-    code = "import ray, sglang, aiohttp_cors"
+    code = (
+        "from importlib.util import find_spec as f; "
+        "raise SystemExit(not (f('ray') and f('sglang') and f('aiohttp_cors')))"
+    )
     if subprocess.run([found, "-c", code], capture_output=True).returncode:
         pytest.skip(f"{PYTHON}={found} lacks ray[default] or sglang")
     return found

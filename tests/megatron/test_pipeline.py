@@ -51,9 +51,13 @@ SMALL = {
 ON_THE_CPU = (
     "--no-save-optim --fp8-emulate --spec rl_loop.layers spec --sglang-router-port {port} "
     "--rollout-external-engine-addrs 127.0.0.1:{port} --sglang-router-ip 127.0.0.1 --update-weight-mode full "
-    "--sglang-enable-deterministic-inference "
-    "--update-weight-transport disk --update-weight-disk-dir push"
+    "--update-weight-transport disk --update-weight-disk-dir push --sglang-enable-deterministic-inference "
+    "--max-train-rollout-diff {limit}"
 )
+# Mean difference of log-probabilities. SmolLM2 is touchy: on answers of its own one FP8 model with BF16 and
+# with FP32 between its layers is 0.10 apart (0.03 without FP8). A server that kept its random weights is
+# far off (tests/slime/test_rl_loop.py).
+LIMIT = 0.5
 LOOP = ROOT / "tests" / "slime"
 QUESTIONS = {
     "What is the capital of France?": "The capital of France is Paris.",
@@ -175,7 +179,7 @@ def smaller(words: list[str], cluster: tuple[str, int]) -> list[str]:
             return [*words, "--", "--no-save-optim", "--no-save-rng"]
         dashboard, port = cluster
         words[words.index("--ray-address") + 1] = dashboard
-        words += ["--", *ON_THE_CPU.format(port=port).split()]
+        words += ["--", *ON_THE_CPU.format(port=port, limit=LIMIT).split()]
     if words[0] == "eval":
         words += ["--server", "transformers", "--server-args", "--device cpu", "--samples", "2"]
         words += ["--max-tokens", "24", "--batch", "1", "--server-python"]
@@ -229,7 +233,7 @@ def test_the_page_from_released_weights_to_fp8(place, cluster):
         difference = re.search(
             r"rollout 0: train/rollout KL \S+, log-probability difference mean (\S+)", log
         )
-        assert difference is not None and float(difference[1]) < 0.1
+        assert difference is not None and float(difference[1]) < LIMIT
     released, sft, final = (_weights(place / where) for where in ("MODEL", "exp/sft", "exp/final"))
     assert final.shape == released.shape
     assert not sft.equal(released), "CPT and SFT changed it"
