@@ -163,8 +163,12 @@ def _random(*size: int) -> Tensor:
     return torch.randn(size, device="cuda", dtype=torch.bfloat16)
 
 
-def _warps(sweep: bool) -> tuple[int, ...]:
-    return (4, 8, 16) if sweep else (8,)
+def _warps(sweep: bool) -> tuple[int | None, ...]:
+    return (None, 8, 16) if sweep else (None,)
+
+
+def _by(warps: int | None) -> str:
+    return "as in the layer" if warps is None else f"Triton, {warps} warps"
 
 
 def _te_cast(x: Tensor, square: bool) -> Callable[[], object] | None:
@@ -187,14 +191,14 @@ def _cast_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
             moved = x.numel() * (2 + rows + columns)
             for warps in _warps(sweep):
                 call = partial(cast.cast_1x128, x, "power_of_two", bool(rows), bool(columns), warps)
-                yield f"cast 1x128 {name}, K={width}", "ours", moved, 0, call, f"{warps} warps"
+                yield f"cast 1x128 {name}, K={width}", "ours", moved, 0, call, _by(warps)
         te = _te_cast(x, False)
         if te is not None:
             yield f"cast 1x128 both, K={width}", "TE", x.numel() * 4, 0, te, ""
     w = _random(2 * shape.ffn, shape.hidden)
     for warps in _warps(sweep):
-        call = partial(cast.cast_128x128, w, "power_of_two", warps=warps)
-        yield "cast 128x128 both, fc1", "ours", w.numel() * 4, 0, call, f"{warps} warps"
+        call = partial(cast.cast_128x128, w, "power_of_two", warps=warps or cast.WARPS)
+        yield "cast 128x128 both, fc1", "ours", w.numel() * 4, 0, call, _by(warps)
     te = _te_cast(w, True)
     if te is not None:
         yield "cast 128x128 both, fc1", "TE", w.numel() * 4, 0, te, ""
@@ -206,14 +210,17 @@ def _swiglu_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
     x, dy = _random(shape.tokens, 2 * shape.ffn), _random(shape.tokens, shape.ffn)
     for warps in _warps(sweep):
         both = partial(swiglu.swiglu_cast, x, "power_of_two", warps=warps)
-        yield "SwiGLU + cast", "ours", dy.numel() * 6, 0, both, f"{warps} warps"
+        yield "SwiGLU + cast", "ours", dy.numel() * 6, 0, both, _by(warps)
         late = partial(both, columns=False)
-        yield "SwiGLU + cast rows", "ours", dy.numel() * 5, 0, late, f"{warps} warps"
+        yield "SwiGLU + cast rows", "ours", dy.numel() * 5, 0, late, _by(warps)
         stash = partial(both, stash=True)
-        yield "SwiGLU + cast, stash", "ours", dy.numel() * 8, 0, stash, f"{warps} warps"
+        yield "SwiGLU + cast, stash", "ours", dy.numel() * 8, 0, stash, _by(warps)
     kept = swiglu.swiglu_cast(x, "power_of_two", columns=False, stash=True).stash
-    for apart, warps in product((True, False) if sweep else (True,), (8, 16) if sweep else (16,)):
-        note = f"{warps} warps, {'a program for each result' if apart else 'one for all'}"
+    tried: list[tuple[bool, int | None]] = [(True, None)]
+    if sweep:
+        tried += product((True, False), (8, 16))
+    for apart, warps in tried:
+        note = _by(warps) + ("" if apart else ", one program for all results")
         backward = partial(
             swiglu.swiglu_backward_cast, dy, x, "power_of_two", apart=apart, warps=warps
         )
@@ -259,9 +266,9 @@ def _norm_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
         rmsnorm.rmsnorm_backward_cast, dy, x, w, rstd, "power_of_two", rows=False, columns=False
     )
     yield "RMSNorm backward", "ours", n * 6, 0, plain, ""
-    for warps in (8, 16) if sweep else (16,):
+    for warps in _warps(sweep):
         late = partial(rmsnorm.rmsnorm_columns, x, w, rstd, "power_of_two", warps)
-        yield "RMSNorm columns", "ours", n * 3, 0, late, f"{warps} warps"
+        yield "RMSNorm columns", "ours", n * 3, 0, late, _by(warps)
 
 
 def _loss_cases(shape: Shape) -> Iterator[Case]:

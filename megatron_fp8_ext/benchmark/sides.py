@@ -10,21 +10,22 @@ from megatron_fp8_ext.errors import UserError, unknown_name
 SIDES: dict[str, tuple[str, ...]] = {
     "bf16": (),
     "te-blockwise": ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise", "--fp8-param-gather"),
-    "infir2": ("--fp8-recipe", "infir2", "--linear-cross-entropy", "chunked"),
+    "infir2": ("--fp8-recipe", "infir2"),
 }
 OPTIONS: dict[str, tuple[str, ...]] = {
     "chunked": ("--linear-cross-entropy", "chunked"),
     "native-ce": ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native"),
-    "full-logits": (),
+    "one-pass": ("--linear-cross-entropy", "one-pass"),
+    "full-logits": ("--linear-cross-entropy", "off"),
     "bf16-weights": ("--no-fp8-param-gather",),
     "fused": ("--infir2-fused",),
     "unfused": ("--no-infir2-fused",),
-    "stash": ("--infir2-fp8-stash",),
+    "stash": ("--infir2-stash",),
     "graphs": ("--cuda-graph-impl", "local", "--te-rng-tracker"),
     "recompute": ("--recompute-granularity", "selective", "--recompute-modules", "mlp"),
 }
 _INFIR2_ONLY = ("bf16-weights", "fused", "unfused", "stash")
-_LOSSES = ("chunked", "native-ce", "full-logits")
+_LOSSES = ("chunked", "one-pass", "native-ce", "full-logits")
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ def _side(name: str) -> Side:
     losses = [option for option in options if option in _LOSSES]
     if len(losses) > 1:
         raise UserError(f"--compare {name}: {' and '.join(losses)} are two losses; drop one")
-    if losses and "--linear-cross-entropy" in flags:
-        at = flags.index("--linear-cross-entropy")
-        del flags[at : at + 2]
     for option in options:
         flags += OPTIONS[option]
-    if "--linear-cross-entropy" in flags:
-        loss = "chunked"
+    if losses:
+        loss = "Megatron's native fusion" if losses[0] == "native-ce" else losses[0]
     else:
-        loss = "Megatron's native fusion" if "native-ce" in options else "Megatron's default"
+        fused = base == "infir2" and "unfused" not in options
+        loss = "one-pass" if fused else "Megatron's default"
+    if loss == "full-logits":
+        loss = "Megatron's default"
     return Side(name, tuple(flags), loss)

@@ -1,10 +1,8 @@
 """The whole MLP as one autograd function: RMSNorm, fc1, SwiGLU, fc2.
 
 Forward: a norm that writes FP8, a GEMM, a SwiGLU that writes FP8, a GEMM. Kept: the input, fc1's output
-(BF16, or its 1x128 cast with `stash`) and 4 bytes a token. TransformerEngine and Megatron also keep the
-norm's result and SwiGLU's in FP8, which the backward here writes while it reads the same bytes anyway.
-With the stash SwiGLU's is kept as well: made again from the stash, it would have two casts' errors, and fc2's
-weight gradient 25 dB.
+(BF16, or 8 bits with `stash`) and 4 bytes a token. TransformerEngine and Megatron also keep the norm's result
+and SwiGLU's in FP8, which the backward here writes while it reads the same bytes anyway.
 """
 
 from __future__ import annotations
@@ -16,8 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_fp8_ext.fused.linear import Linear, Setup, flat, norm_column_backward
-from megatron_fp8_ext.kernels.cast import BlockCast, Operand, cast_1x128
+from megatron_fp8_ext.kernels.cast import cast_1x128
 from megatron_fp8_ext.kernels.rmsnorm import rmsnorm_cast
+from megatron_fp8_ext.kernels.stash import Stash
 from megatron_fp8_ext.kernels.swiglu import swiglu_backward_cast, swiglu_cast
 
 
@@ -30,7 +29,7 @@ class Block:
         fc2: `[H, F]`, this rank's columns.
         eps: the norm's epsilon.
         setup: see `Setup`.
-        stash: keep fc1's output as its 1x128 cast instead of BF16.
+        stash: keep fc1's output in 8 bits instead of BF16 (`kernels.stash`).
     """
 
     fc1: Linear
@@ -57,18 +56,14 @@ def mlp(x: Tensor, gain: Tensor, block: Block) -> Tensor:
 def _forward(
     x: Tensor, gain: Tensor, block: Block, keep: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """(output, rstd, what is kept of fc1's output: itself, or its stash and SwiGLU's columns)."""
+    """(output, rstd, what is kept of fc1's output: itself, or its stash)."""
     setup = block.setup
     normed = rmsnorm_cast(x, gain, block.eps, setup.scale_format, columns=False)
     a = setup.gemm.fprop(setup.gather(normed.cast), block.fc1.operand)
     stash = keep and block.stash
-    activated = swiglu_cast(a, setup.scale_format, columns=stash, stash=stash)
+    activated = swiglu_cast(a, setup.scale_format, columns=False, stash=stash)
     y = setup.reduce(setup.gemm.fprop(activated.cast, block.fc2.operand))
-    if activated.stash is None:
-        return y, normed.rstd, (a,)
-    rows, columns = activated.stash.rows, activated.cast.columns
-    assert rows is not None and columns is not None
-    return y, normed.rstd, (*rows, *columns)
+    return y, normed.rstd, (a,) if activated.stash is None else tuple(activated.stash)
 
 
 class _MLP(torch.autograd.Function):
@@ -88,19 +83,17 @@ class _MLP(torch.autograd.Function):
         block: Block = ctx.block
         setup = block.setup
         want1, want2 = ctx.needs_input_grad[2:4]
-        a = BlockCast(Operand(*kept[:2]), None) if block.stash else kept[0]
-        z = BlockCast(None, Operand(*kept[2:])) if block.stash else None
+        a = Stash(*kept) if block.stash else kept[0]
         dy = setup.gather(cast_1x128(flat(grad), setup.scale_format))
         del grad
         dz = setup.gemm.dgrad(dy, block.fc2.operand)
-        inner = swiglu_backward_cast(dz, a, setup.scale_format, y_columns=want2 and z is None)
+        inner = swiglu_backward_cast(dz, a, setup.scale_format, y_columns=want2)
         del dz, a, kept
         dw2 = None
         if want2:
-            z = z or inner.y
-            assert z is not None
-            dw2 = block.fc2.gradient(setup.gemm, z, dy)
+            assert inner.y is not None
+            dw2 = block.fc2.gradient(setup.gemm, inner.y, dy)
         da = inner.cast
-        del dy, inner, z
+        del dy, inner
         dx, dgain, dw1 = norm_column_backward(x, gain, rstd, da, block.fc1, setup, want1)
         return dx.view(ctx.shape), dgain, dw1, dw2, None

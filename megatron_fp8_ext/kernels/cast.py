@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_fp8_ext.fp8.reference import BLOCK, Quantized
+from megatron_fp8_ext.kernels import hopper
 from megatron_fp8_ext.recipe import ScaleFormat
 
 _E4M3_MAX = tl.constexpr(448.0)
@@ -272,12 +273,17 @@ def cast_1x128(
         scale_format: `power_of_two` or `float32`.
         rows: whether the row-wise operand is wanted.
         columns: whether the column-wise (transposed) operand is wanted.
-        warps: warps of a program that casts a 128x128 tile; None for what was found best.
+        warps: of Triton's program for a 128x128 tile; None for what was found best (`hopper`, or Triton).
 
     Raises:
         ValueError: `x` is not such a matrix, or neither direction is wanted.
     """
     if warps is None:
+        if x.dim() == 2 and hopper.takes(x, *x.shape) and (rows or columns):
+            m, k = check_matrix(x, "the tensor to cast")
+            out = allocate(m, k, x.device, (rows, columns))
+            hopper.run("plain", (m, k), out, scale_format == "power_of_two", x)
+            return out
         warps = WARPS if rows and columns else ONE_WAY_WARPS
     return _cast(x, scale_format, (rows, columns), False, warps)
 

@@ -57,6 +57,23 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes or dtypes that do not belong together.
     """
+    group, sequence_parallel = checked(hidden, weight, target, group, sequence_parallel)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, target, group, sequence_parallel, rows)
+    return loss
+
+
+def checked(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    group: dist.ProcessGroup | None,
+    sequence_parallel: bool,
+) -> tuple[dist.ProcessGroup | None, bool]:
+    """Check the arguments of `linear_cross_entropy`; a group of one is none.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+    """
     parts = group.size() if group is not None else 1
     length = hidden.shape[0] * (parts if sequence_parallel else 1)
     if hidden.dim() != 3 or tuple(target.shape) != (length, hidden.shape[1]):
@@ -69,10 +86,7 @@ def linear_cross_entropy(
             f"weight {weight.dtype} {tuple(weight.shape)} does not go with hidden "
             f"{hidden.dtype} {tuple(hidden.shape)}"
         )
-    if parts == 1:
-        group, sequence_parallel = None, False
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, target, group, sequence_parallel, rows)
-    return loss
+    return (None, False) if parts == 1 else (group, sequence_parallel)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -95,7 +109,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for first, part in slices:
             logits = slices.logits(x, part)
             slices.statistics(logits, labels, largest, total, predicted, slices.offset + first)
-        lse, loss = _combine(slices, labels, largest, total, predicted, group)
+        size = weight.shape[0]
+        lse, loss = combine(slices.offset, size, labels, largest, total, predicted, group)
         ctx.save_for_backward(hidden, weight, labels, lse)
         ctx.group, ctx.sequence_parallel, ctx.rows = group, sequence_parallel, rows
         return loss.view(target.shape)
@@ -103,29 +118,70 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, lse = ctx.saved_tensors
-        group, need_dx, need_dw = ctx.group, ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        whole = gather_first(hidden, group) if ctx.sequence_parallel else hidden
-        x = whole.reshape(-1, whole.shape[-1])
         dloss = grad.reshape(-1).to(torch.float32).contiguous()
-        slices = _Slices(x, weight, group, ctx.rows)
-        dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if need_dx else None
-        main_grad = main_grads.of(weight) if need_dw else None
-        dw = torch.empty_like(weight) if need_dw and main_grad is None else None
-        for first, part in slices:
-            logits = slices.logits(x, part)
-            slices.gradient(logits, labels, lse, dloss, slices.offset + first)
-            if dx is not None:
-                accumulate(dx, logits, part)
-            if main_grad is not None:
-                accumulate(main_grad[first : first + part.shape[0]], logits.t(), x)
-            elif dw is not None:
-                torch.mm(logits.t(), x, out=dw[first : first + part.shape[0]])
-        if main_grad is not None:
-            dw = main_grads.dummy(weight)
-        dhidden = None
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        made = gradients(
+            hidden, weight, labels, lse, dloss, ctx.group, ctx.sequence_parallel, ctx.rows, wanted
+        )
+        return *made, None, None, None, None
+
+
+def gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    dloss: Tensor,
+    group: dist.ProcessGroup | None,
+    sequence_parallel: bool,
+    rows: int | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Compute the logits again, slice by slice of the vocabulary; return the gradients of hidden and head.
+
+    Args:
+        hidden: as the forward got it.
+        weight: likewise.
+        labels: `[N]`.
+        lse: `[N]` FP32, log of the sum of exponentials over the whole vocabulary.
+        dloss: `[N]` FP32, gradient of each token's loss.
+        group: see `linear_cross_entropy`.
+        sequence_parallel: likewise.
+        rows: likewise.
+        wanted: whether the gradient of hidden and of the head are.
+    """
+    whole = gather_first(hidden, group) if sequence_parallel else hidden
+    x = whole.reshape(-1, whole.shape[-1])
+    slices = _Slices(x, weight, group, rows)
+    dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if wanted[0] else None
+    main_grad = main_grads.of(weight) if wanted[1] else None
+    dw = torch.empty_like(weight) if wanted[1] and main_grad is None else None
+    for first, part in slices:
+        logits = slices.logits(x, part)
+        slices.gradient(logits, labels, lse, dloss, slices.offset + first)
         if dx is not None:
-            dhidden = _reduce(dx.to(hidden.dtype).view(whole.shape), group, ctx.sequence_parallel)
-        return dhidden, dw, None, None, None, None
+            accumulate(dx, logits, part)
+        if main_grad is not None:
+            accumulate(main_grad[first : first + part.shape[0]], logits.t(), x)
+        elif dw is not None:
+            torch.mm(logits.t(), x, out=dw[first : first + part.shape[0]])
+    if main_grad is not None:
+        dw = main_grads.dummy(weight)
+    dhidden = None
+    if dx is not None:
+        dhidden = reduce(dx.to(hidden.dtype).view(whole.shape), group, sequence_parallel)
+    return dhidden, dw
+
+
+def softmax_of(x: Tensor) -> Any:
+    """The module with the two softmax functions that run where `x` is."""
+    if x.is_cuda and support.gap(x.device, fp8=False) is None:
+        from megatron_fp8_ext.kernels import softmax
+
+        return softmax
+    from megatron_fp8_ext.kernels import softmax_torch
+
+    return softmax_torch
 
 
 class _Slices:
@@ -138,14 +194,8 @@ class _Slices:
         self.offset = weight.shape[0] * (dist.get_rank(group) if group is not None else 0)
         self.rows = rows or slice_size(x.shape[0], weight.shape[0], x.element_size())
         self.buffer = x.new_empty(x.shape[0] * min(self.rows, weight.shape[0]))
-        if x.is_cuda and support.gap(x.device, fp8=False) is None:
-            from megatron_fp8_ext.kernels import softmax
-
-            self.statistics, self.gradient = softmax.statistics, softmax.gradient
-        else:
-            from megatron_fp8_ext.kernels import softmax_torch
-
-            self.statistics, self.gradient = softmax_torch.statistics, softmax_torch.gradient
+        softmax = softmax_of(x)
+        self.statistics, self.gradient = softmax.statistics, softmax.gradient
 
     def __iter__(self) -> Any:
         for first in range(0, self.weight.shape[0], self.rows):
@@ -157,21 +207,25 @@ class _Slices:
         return torch.mm(x.detach(), part.t(), out=out)
 
 
-def _combine(
-    slices: _Slices,
+def combine(
+    offset: int,
+    size: int,
     labels: Tensor,
     largest: Tensor,
     total: Tensor,
     predicted: Tensor,
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
-    """(log of the sum of exponentials, loss), `[N]` each, over the whole vocabulary."""
+    """(log of the sum of exponentials, loss), `[N]` each, over the whole vocabulary.
+
+    `offset` and `size` are of this rank's part of it.
+    """
     own_largest = largest
     if group is not None:
         largest = largest.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    index = labels - slices.offset
-    mine = (index >= 0) & (index < slices.weight.shape[0])
+    index = labels - offset
+    mine = (index >= 0) & (index < size)
     sums = torch.stack(
         (total * torch.exp(own_largest - largest), torch.where(mine, predicted - largest, 0.0))
     )
@@ -199,10 +253,22 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
+def product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b, with the products summed in the precision of `out` where torch can (`accumulate`)."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif out.is_cuda and _GEMM_WRITES_FP32:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif out.is_cuda:
+        out.copy_(torch.mm(a, b))
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
 _GEMM_WRITES_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
-def _reduce(dx: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
+def reduce(dx: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
     """Sum over the ranks; under sequence parallelism this rank's part of dim 0."""
     if group is None:
         return dx

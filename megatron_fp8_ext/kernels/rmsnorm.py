@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_fp8_ext.fp8.reference import BLOCK
-from megatron_fp8_ext.kernels import cast
+from megatron_fp8_ext.kernels import cast, hopper
 from megatron_fp8_ext.kernels.cast import (
     ONE_WAY_WARPS,
     TILE,
@@ -212,11 +212,24 @@ def rmsnorm_cast(
 
 
 def rmsnorm_columns(
-    x: Tensor, weight: Tensor, rstd: Tensor, scale_format: ScaleFormat, warps: int = ONE_WAY_WARPS
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    scale_format: ScaleFormat,
+    warps: int | None = None,
 ) -> BlockCast:
-    """Return the column-wise operand of the normalized rows, from `x` and their rstd."""
+    """Return the column-wise operand of the normalized rows, from `x` and their rstd.
+
+    `warps` is of Triton's program; None for what was found best (`hopper`, or Triton).
+    """
     m, h, _ = _width(x, weight)
     out = cast.allocate(m, h, x.device, (False, True))
+    if warps is None and hopper.takes(x, m, h) and hopper.takes(weight):
+        pow2 = scale_format == "power_of_two"
+        hopper.run("rmsnorm", (m, h), out, pow2, x, gain=weight, rstd=rstd)
+        return out
+    if warps is None:
+        warps = ONE_WAY_WARPS
     _, _, codes, scales, _, stride = cast.pointers(out, x)
     _columns_kernel[(triton.cdiv(h, BLOCK), triton.cdiv(m, BLOCK))](
         x, weight, rstd, codes, scales, m, h, stride,

@@ -5,8 +5,8 @@ Both are computed in FP32 and rounded to BF16 once, and that BF16 value is what 
 Per element of y the forward moves 4 + 2 bytes (unfused: 4 + 2, and 2 + 2 for the cast), the backward 6 + 4.
 
 The backward can also write the column-wise operand of y, which fc2's wgrad needs: it reads x anyway, so
-the forward then writes one byte less and nothing of y is kept (`y_columns`). And x itself can be kept as
-its 1x128 cast, half of its bytes (the stash): the forward casts x with `stash`, the backward takes that.
+the forward then writes one byte less and nothing of y is kept (`y_columns`). And x itself can be kept in
+8 bits (`stash.Stash`): the forward makes that with `stash`, the backward takes it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,25 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_fp8_ext.fp8.reference import BLOCK
-from megatron_fp8_ext.kernels import cast
+from megatron_fp8_ext.kernels import cast, hopper
+from megatron_fp8_ext.kernels import stash as stashes
 from megatron_fp8_ext.kernels.cast import (
     ONE_WAY_WARPS,
     TILE,
     WARPS,
     BlockCast,
     load_tile,
+    magnitude,
     store_tile,
 )
+from megatron_fp8_ext.kernels.stash import PER_TILE, SMALLEST_SCALE, Stash
 from megatron_fp8_ext.recipe import ScaleFormat
 
 # With a program for each result; one program for all of them takes every register at 8 warps.
 BACKWARD_WARPS = 16
+_PER_TILE = tl.constexpr(PER_TILE)
+_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
+_INVERSE_127 = tl.constexpr(1 / 127)
 
 
 @triton.jit
@@ -55,24 +61,50 @@ def _product(gate, up):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _unstash(codes, scales, tile_m, tile_k, M, K, stride, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """FP32 tile of a matrix `[M, K]` that was kept as its row-wise 1x128 cast; K is a multiple of 128."""
+def _stash(x, tile_m, tile_k, M, K, codes, scales, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keep an FP32 tile of a matrix `[M, K]`, K a multiple of 128, as `stash.quantize` does."""
     m = tile_m * TILE + tl.arange(0, TILE)
     k = tile_k * TILE + tl.arange(0, TILE)
+    blocks = tl.reshape(x, (TILE, _PER_TILE, TILE // _PER_TILE))
+    amax = tl.max(magnitude(blocks), axis=2)
+    broken = tl.max(((blocks != blocks) | (tl.abs(blocks) == float("inf"))).to(tl.int32), axis=2)
+    scale = (amax * _INVERSE_127).to(tl.bfloat16).to(tl.float32)
+    scale = tl.where(scale < _SMALLEST_SCALE, 0.0, scale)
+    # To the nearest, ties to even: below 2^22 the sum with 1.5 2^23 has no bits after the point.
+    inverse = tl.where(scale == 0.0, 0.0, tl.div_rn(tl.zeros_like(scale) + 1.0, scale))
+    code = blocks * inverse[:, :, None] + 12582912.0 - 12582912.0
+    code = tl.where((broken > 0)[:, :, None], 0.0, code)
+    scale = tl.where(broken > 0, float("nan"), scale)
+    code = tl.reshape(code.to(tl.int8), (TILE, TILE))
     at = m.to(tl.int64)[:, None] * K + k[None, :]
+    block = (tile_k * M + m)[:, None] * _PER_TILE + tl.arange(0, _PER_TILE)[None, :]
     if WHOLE:
-        bits = tl.load(codes + at)
-        inverse = tl.load(scales + tile_k * stride + m)
+        tl.store(codes + at, code)
+        tl.store(scales + block, scale.to(tl.bfloat16))
     else:
-        bits = tl.load(codes + at, mask=(m < M)[:, None], other=0)
-        inverse = tl.load(scales + tile_k * stride + m, mask=m < M, other=0.0)
-    return bits.to(tl.float8e4nv, bitcast=True).to(tl.float32) * inverse[:, None]
+        tl.store(codes + at, code, mask=(m < M)[:, None])
+        tl.store(scales + block, scale.to(tl.bfloat16), mask=(m < M)[:, None])
+
+
+@triton.jit
+def _unstash(codes, scales, tile_m, tile_k, M, K, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """FP32 tile of a matrix `[M, K]` that was kept by `_stash`."""
+    m = tile_m * TILE + tl.arange(0, TILE)
+    k = tl.arange(0, TILE)
+    at = m.to(tl.int64)[:, None] * K + (tile_k * TILE + k)[None, :]
+    block = (tile_k * M + m)[:, None] * _PER_TILE + (k // (TILE // _PER_TILE))[None, :]
+    if WHOLE:
+        code, scale = tl.load(codes + at), tl.load(scales + block)
+    else:
+        code = tl.load(codes + at, mask=(m < M)[:, None], other=0)
+        scale = tl.load(scales + block, mask=(m < M)[:, None], other=0.0)
+    return code.to(tl.float32) * scale.to(tl.float32)
 
 
 @triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
     x, row_codes, row_scales, col_codes, col_scales, stash_codes, stash_scales, kept,
-    M, F, row_stride, col_stride, stash_stride,
+    M, F, row_stride, col_stride,
     LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr, KEEP: tl.constexpr, STASH: tl.constexpr,
 ):  # fmt: skip
@@ -81,10 +113,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     up = load_tile(x + F, tile_m, tile_k, M, F, 2 * F, WHOLE)
     if STASH:
         for half in tl.static_range(2):
-            store_tile(
+            _stash(
                 gate if half == 0 else up, tile_m, tile_k + half * (F // TILE), M, 2 * F,
-                stash_codes, stash_scales, stash_stride, stash_codes, stash_scales, stash_stride,
-                LARGEST, POWER_OF_TWO, False, True, False, WHOLE,
+                stash_codes, stash_scales, WHOLE,
             )  # fmt: skip
     y = _product(gate, up)
     if KEEP:
@@ -107,16 +138,15 @@ def _gradients(dy, gate, up):  # type: ignore[no-untyped-def]
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
     dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, y_codes, y_scales, kept,
-    M, F, row_stride, col_stride, y_stride, stash_stride,
+    M, F, row_stride, col_stride, y_stride,
     LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr, KEEP: tl.constexpr, STASH: tl.constexpr, Y_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """F is a multiple of 128: a tile of dy gives one tile of each half."""
     tile_k, tile_m = tl.program_id(0), tl.program_id(1)
     if STASH:
-        gate = _unstash(x, stash_scales, tile_m, tile_k, M, 2 * F, stash_stride, WHOLE)
-        tile = tile_k + F // TILE
-        up = _unstash(x, stash_scales, tile_m, tile, M, 2 * F, stash_stride, WHOLE)
+        gate = _unstash(x, stash_scales, tile_m, tile_k, M, 2 * F, WHOLE)
+        up = _unstash(x, stash_scales, tile_m, tile_k + F // TILE, M, 2 * F, WHOLE)
     else:
         gate = load_tile(x, tile_m, tile_k, M, F, 2 * F, WHOLE)
         up = load_tile(x + F, tile_m, tile_k, M, F, 2 * F, WHOLE)
@@ -142,12 +172,11 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _load_half(  # type: ignore[no-untyped-def]
-    x, scales, half, tile_m, tile_k, M, F, stride, STASH: tl.constexpr, WHOLE: tl.constexpr
+    x, scales, half, tile_m, tile_k, M, F, STASH: tl.constexpr, WHOLE: tl.constexpr
 ):
     """FP32 tile of gate (half 0) or up (half 1)."""
     if STASH:
-        tile = tile_k + half * (F // TILE)
-        return _unstash(x, scales, tile_m, tile, M, 2 * F, stride, WHOLE)
+        return _unstash(x, scales, tile_m, tile_k + half * (F // TILE), M, 2 * F, WHOLE)
     else:
         return load_tile(x + half * F, tile_m, tile_k, M, F, 2 * F, WHOLE)
 
@@ -155,15 +184,15 @@ def _load_half(  # type: ignore[no-untyped-def]
 @triton.jit
 def _one_result(  # type: ignore[no-untyped-def]
     dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, kept,
-    tile_m, tile_k, M, F, row_stride, col_stride, stash_stride,
+    tile_m, tile_k, M, F, row_stride, col_stride,
     LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr, KEEP: tl.constexpr, STASH: tl.constexpr, RESULT: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient of gate (RESULT 0), of up (1), or of y (2), cast and stored."""
-    gate = _load_half(x, stash_scales, 0, tile_m, tile_k, M, F, stash_stride, STASH, WHOLE)
+    gate = _load_half(x, stash_scales, 0, tile_m, tile_k, M, F, STASH, WHOLE)
     up = gate  # the gradient of up does not need it
     if RESULT != 1:
-        up = _load_half(x, stash_scales, 1, tile_m, tile_k, M, F, stash_stride, STASH, WHOLE)
+        up = _load_half(x, stash_scales, 1, tile_m, tile_k, M, F, STASH, WHOLE)
     if RESULT == 2:
         part = _product(gate, up)
     else:
@@ -184,7 +213,7 @@ def _one_result(  # type: ignore[no-untyped-def]
 @triton.jit
 def _backward_apart_kernel(  # type: ignore[no-untyped-def]
     dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, y_codes, y_scales, kept,
-    M, F, row_stride, col_stride, y_stride, stash_stride,
+    M, F, row_stride, col_stride, y_stride,
     LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr, KEEP: tl.constexpr, STASH: tl.constexpr, Y_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -199,19 +228,19 @@ def _backward_apart_kernel(  # type: ignore[no-untyped-def]
     if result == 0:
         _one_result(
             dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, kept,
-            tile_m, tile_k, M, F, row_stride, col_stride, stash_stride,
+            tile_m, tile_k, M, F, row_stride, col_stride,
             LARGEST, POWER_OF_TWO, ROWS, COLUMNS, WHOLE, KEEP, STASH, 0,
         )  # fmt: skip
     elif result == 1:
         _one_result(
             dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, kept,
-            tile_m, tile_k, M, F, row_stride, col_stride, stash_stride,
+            tile_m, tile_k, M, F, row_stride, col_stride,
             LARGEST, POWER_OF_TWO, ROWS, COLUMNS, WHOLE, KEEP, STASH, 1,
         )  # fmt: skip
     else:
         _one_result(
             dy, x, stash_scales, y_codes, y_scales, y_codes, y_scales, kept,
-            tile_m, tile_k, M, F, y_stride, y_stride, stash_stride,
+            tile_m, tile_k, M, F, y_stride, y_stride,
             LARGEST, POWER_OF_TWO, False, Y_COLUMNS, WHOLE, KEEP, STASH, 2,
         )  # fmt: skip
 
@@ -248,12 +277,12 @@ class Activated(NamedTuple):
 
     Attributes:
         cast: operands of fc2.
-        stash: the row-wise cast of the input, if it was asked for.
+        stash: the input in 8 bits, if it was asked for.
         kept: the BF16 intermediate `[M, F]`, if it was to be kept.
     """
 
     cast: BlockCast
-    stash: BlockCast | None
+    stash: Stash | None
     kept: Tensor | None
 
 
@@ -288,8 +317,8 @@ def swiglu_cast(
         rows: whether the operand of fc2's fprop is wanted.
         columns: whether the operand of fc2's wgrad is wanted (the backward can make it later).
         keep: return the BF16 intermediate `[M, F]` too (for tests).
-        stash: return the row-wise cast of `x` itself too; F must be a multiple of 128.
-        warps: warps of a program; None for what was found best.
+        stash: return `x` itself in 8 bits too; F must be a multiple of 128.
+        warps: of Triton's program; None for what was found best (`hopper`, or Triton).
 
     Raises:
         ValueError: `x` is not such a matrix.
@@ -298,18 +327,23 @@ def swiglu_cast(
     if twice % 2:
         raise ValueError(f"SwiGLU's input must have an even number of columns, got {twice}")
     f = twice // 2
+    by_cuda = warps is None and hopper.takes(x, m, f)
     if warps is None:
         warps = WARPS if columns and not stash else ONE_WAY_WARPS
     if stash and f % BLOCK:
         raise ValueError(f"a stash needs halves of whole blocks of {BLOCK} columns, got {f}")
     out = cast.allocate(m, f, x.device, (rows, columns))
-    stashed = cast.allocate(m, twice, x.device, (True, False)) if stash else None
+    stashed = stashes.allocate(m, twice, x.device) if stash else None
     kept = torch.empty((m, f), dtype=torch.bfloat16, device=x.device) if keep else None
+    if by_cuda:
+        pow2 = scale_format == "power_of_two"
+        hopper.run("swiglu", (m, f), out, pow2, x, kept=kept, stash=stashed)
+        return Activated(out, stashed, kept)
     *operands, row_stride, col_stride = cast.pointers(out, x)
-    stash_codes, stash_scales, _, _, stash_stride, _ = cast.pointers(stashed or out, x)
+    stash_codes, stash_scales = stashed or (x, x)
     _forward_kernel[(triton.cdiv(f, BLOCK), triton.cdiv(m, BLOCK))](
         x, *operands, stash_codes, stash_scales, x if kept is None else kept,
-        m, f, row_stride, col_stride, stash_stride,
+        m, f, row_stride, col_stride,
         **cast.constants(out, scale_format, torch.bfloat16, m % BLOCK == 0 and f % BLOCK == 0),
         KEEP=keep,
         STASH=stash,
@@ -320,14 +354,14 @@ def swiglu_cast(
 
 def swiglu_backward_cast(
     dy: Tensor,
-    x: Tensor | BlockCast,
+    x: Tensor | Stash,
     scale_format: ScaleFormat,
     rows: bool = True,
     columns: bool = True,
     keep: bool = False,
     y_columns: bool = False,
     apart: bool = True,
-    warps: int = BACKWARD_WARPS,
+    warps: int | None = None,
 ) -> ActivationGradients:
     """Return the cast of the gradient of SwiGLU's input.
 
@@ -339,26 +373,33 @@ def swiglu_backward_cast(
         columns: whether the operand of fc1's wgrad is wanted.
         keep: return the BF16 gradient `[M, 2F]` too (fc1's bias gradient, or tests).
         y_columns: compute SwiGLU's result again and return the operand of fc2's wgrad.
-        apart: a program for each result of a tile instead of one for all.
-        warps: warps of a program.
+        apart: a program for each result of a tile instead of one for all (Triton's).
+        warps: of Triton's program; None for what was found best (`hopper`, or Triton).
 
     Raises:
         ValueError: the shapes do not belong together, or a tensor is not contiguous BF16 or FP32.
     """
     m, f = cast.check_matrix(dy, "SwiGLU's output gradient")
-    stash = x if isinstance(x, BlockCast) else None
+    stash = x if isinstance(x, Stash) else None
     straddling = f % BLOCK != 0
-    if isinstance(x, BlockCast):
-        if straddling or x.rows is None or tuple(x.rows.codes.shape) != (m, 2 * f):
-            raise ValueError(f"the stash of SwiGLU's input must be the rows of [{m}, {2 * f}]")
-        values, stash_scales = x.rows
-        stash_stride = stash_scales.stride(0)
+    if isinstance(x, Stash):
+        if straddling or tuple(x.codes.shape) != (m, 2 * f):
+            raise ValueError(f"the stash of SwiGLU's input must be that of [{m}, {2 * f}]")
+        values, stash_scales = x
     else:
         if cast.check_matrix(x, "SwiGLU's input") != (m, 2 * f):
             raise ValueError(f"SwiGLU's input must be [{m}, {2 * f}], got {tuple(x.shape)}")
-        values, stash_scales, stash_stride = x, x, 0
+        values, stash_scales = x, x
     out = cast.allocate(m, 2 * f, dy.device, (rows, columns))
     kept = torch.empty((m, 2 * f), dtype=torch.bfloat16, device=dy.device) if keep else None
+    if warps is None and hopper.takes(dy, m, f) and (stash or hopper.takes(values)):
+        y = cast.allocate(m, f, dy.device, (False, True)) if y_columns else None
+        source = "swiglu backward with y" if y_columns else "swiglu backward"
+        pow2 = scale_format == "power_of_two"
+        hopper.run(source, (m, f), out, pow2, values, dy=dy, y=y, kept=kept, stash=stash)
+        return ActivationGradients(out, y, kept)
+    if warps is None:
+        warps = BACKWARD_WARPS
     *operands, row_stride, col_stride = cast.pointers(out, dy)
     fixed = cast.constants(out, scale_format, torch.bfloat16, m % BLOCK == 0 and not straddling)
     if straddling:
@@ -376,7 +417,7 @@ def swiglu_backward_cast(
     results = (3 if y_columns else 2) if apart else 1
     kernel[(results * triton.cdiv(f, BLOCK), triton.cdiv(m, BLOCK))](
         dy, values, stash_scales, *operands, y_codes, y_scales, dy if kept is None else kept,
-        m, f, row_stride, col_stride, y_stride, stash_stride,
+        m, f, row_stride, col_stride, y_stride,
         **fixed, KEEP=keep, STASH=stash is not None, Y_COLUMNS=y_columns, num_warps=warps,
         **(cast.registers(warps) if apart else {}),
     )  # fmt: skip

@@ -105,7 +105,7 @@ class Expansion:
         emulated: whether the recipe is emulated.
         notes: lines for rank 0, the first one the summary.
         stats: the numerics taps; None without them.
-        chunked_loss: whether head and loss run in slices of the vocabulary.
+        linear_loss: how head and loss are computed: `off`, `chunked` or `one-pass`.
         fused: what the run asks of the fused path.
     """
 
@@ -115,7 +115,7 @@ class Expansion:
     emulated: bool = False
     notes: tuple[str, ...] = ()
     stats: stats_flags.Stats | None = None
-    chunked_loss: bool = False
+    linear_loss: str = "off"
     fused: fused_flags.Fused = fused_flags.NOT_FUSED
 
 
@@ -138,7 +138,7 @@ def expand(argv: Sequence[str], facts: Facts) -> Expansion:
     Raises:
         UserError: unknown recipe; a flag that contradicts it; a machine that cannot compute it.
     """
-    argv, chunked_loss = linear_loss.take(argv)
+    argv, asked_loss = linear_loss.take(argv)
     argv, stats = stats_flags.take(argv)
     argv, packed = packed_flags.expand(argv)
     out = _expand_recipe(argv, facts)
@@ -147,8 +147,10 @@ def expand(argv: Sequence[str], facts: Facts) -> Expansion:
         asks_fp8 = out.recipe.is_fp8 if out.recipe else arguments.has(argv, "--fp8-format")
         note = stats.note if asks_fp8 else f"{stats_flags.INTERVAL}: BF16 casts nothing to sample"
         out = replace(out, stats=stats if asks_fp8 else None, notes=(*out.notes, note))
-    if chunked_loss:
-        out = replace(out, chunked_loss=True, notes=(*out.notes, linear_loss.NOTE))
+    loss = linear_loss.chosen(asked_loss, argv, out.fused.on)
+    if loss != "off":
+        note = f"{linear_loss.FLAG} {loss}: {linear_loss.NOTES[loss]}"
+        out = replace(out, linear_loss=loss, notes=(*out.notes, note))
     return out
 
 
@@ -221,7 +223,7 @@ def _expand_recipe(argv: Sequence[str], facts: Facts) -> Expansion:
 def _layers(fused: fused_flags.Fused) -> str:
     if not fused.on:
         return f"TransformerEngine's ({fused_flags.ON} asks for ours)"
-    return "fused where possible" + (", fc1's output kept in FP8" if fused.stash else "")
+    return "fused where possible" + (", fc1's output kept in 8 bits" if fused.stash else "")
 
 
 def _expand_native(argv: Sequence[str], facts: Facts) -> Expansion:

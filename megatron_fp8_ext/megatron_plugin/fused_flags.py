@@ -1,4 +1,4 @@
-"""`--infir2-fused`, `--no-infir2-fused` and `--infir2-fp8-stash`. Pure."""
+"""`--infir2-fused`, `--no-infir2-fused` and `--infir2-stash`. Pure."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from megatron_fp8_ext.megatron_plugin import arguments
 
 ON = "--infir2-fused"
 OFF = "--no-infir2-fused"
-STASH = "--infir2-fp8-stash"
+STASH = "--infir2-stash"
 FLAGS = (ON, OFF, STASH)
 # The way in where no command line reaches (a Ray actor): `off`, `on` or `stash`.
 VARIABLE = "MEGATRON_FP8_EXT_FUSED"
-# "on" as soon as tests/gpu/test_fused_layer.py has passed on a GPU: until then nobody gets it unasked.
-DEFAULT = "off"
+DEFAULT = "on"
 HELP = {
     ON: "compute norm-QKV, projection and MLP as fused functions where possible (Hopper)",
     OFF: "compute every layer as TransformerEngine does, without the fused functions",
-    STASH: "keep fc1's output for the backward as its 1x128 FP8 cast instead of BF16 (less memory)",
+    STASH: "keep fc1's output for the backward in 8 bits instead of BF16 (less memory)",
 }
 
 
@@ -29,7 +28,7 @@ class Fused:
 
     Attributes:
         on: whether layers may be fused.
-        stash: whether a fused MLP keeps fc1's output in FP8.
+        stash: whether a fused MLP keeps fc1's output in 8 bits.
     """
 
     on: bool

@@ -7,6 +7,8 @@ where `why_not` finds no reason against it; a module with a reason keeps Transfo
     TELayerNormColumnParallelLinear  norm-QKV (and fc1, where its MLP is not fused)
     TERowParallelLinear              the attention's projection
     MLP                              norm, fc1, SwiGLU and fc2 in one function
+    SelfAttention                    QKV is split and rotated in one pass (TransformerEngine's own, which no
+                                     flag of Megatron reaches)
 """
 
 from __future__ import annotations
@@ -67,6 +69,31 @@ def mlp(module: ModuleType) -> None:
         return _mlp(self, hidden_states), None
 
     module.MLP.forward = forward
+
+
+def attention(module: ModuleType) -> None:
+    """Patch `SelfAttention` of `megatron.core.transformer.attention`."""
+    cls = module.SelfAttention
+    native = cls.forward
+
+    @functools.wraps(native)
+    def forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        config = self.config
+        if (
+            type(self) is not cls
+            or not run.current.fused
+            or fused_rules.machine_gap() is not None
+            or fused_rules.why_no_fused_rope(self, kwargs, args) is not None
+        ):
+            return native(self, hidden_states, *args, **kwargs)
+        # The configuration is the whole model's, and other calls of it may not be like this one.
+        asked, config.fused_single_qkv_rope = config.fused_single_qkv_rope, True
+        try:
+            return native(self, hidden_states, *args, **kwargs)
+        finally:
+            config.fused_single_qkv_rope = asked
+
+    cls.forward = forward
 
 
 def _fused(module: Any, kind: str, x: Any) -> bool:
@@ -155,7 +182,7 @@ def _mlp(module: Any, x: Any) -> Any:
             hook(layer, ())
     outer = _Prepared(fc1, x)
     with outer as first, _Prepared(fc2, outer.x) as second:
-        block = Block(first, second, fc1.eps, _setup(fc1), run.current.fp8_stash)
+        block = Block(first, second, fc1.eps, _setup(fc1), run.current.stash)
         return fused(outer.x, fc1.layer_norm_weight, block)
 
 
@@ -173,7 +200,7 @@ def summary() -> str | None:
         if found:
             part += f" ({'; '.join(f'{count}: {why}' for why, count in sorted(found.items()))})"
         parts.append(part)
-    stash = ", fc1's output kept in FP8" if run.current.fp8_stash else ""
+    stash = ", fc1's output kept in 8 bits" if run.current.stash else ""
     return f"fused layers: {', '.join(parts)}{stash}"
 
 

@@ -173,6 +173,44 @@ def not_this_time(module: Any, kind: str, x: Any) -> str | None:
     )
 
 
+def why_no_fused_rope(
+    attention: Any, given: dict[str, Any], positional: tuple[Any, ...]
+) -> str | None:
+    """Say why a call of SelfAttention cannot split and rotate QKV in one pass, or None.
+
+    As `Attention.forward` itself decides (megatron-core 0.17 to 0.19), which asserts that it can where it is
+    asked to; and what TransformerEngine's kernel then takes.
+    """
+    config, rope = attention.config, given.get("rotary_pos_emb")
+    freqs = rope[0] if isinstance(rope, tuple) else rope
+    head = attention.hidden_size_per_attention_head
+    return _first(
+        {
+            "this Megatron cannot": not hasattr(config, "fused_single_qkv_rope")
+            or not hasattr(attention, "q_layernorm"),
+            "arguments by position": len(positional) > 1,
+            "the fused rotation is switched off": not config.apply_rope_fusion,
+            "interleaved rotation": config.rotary_interleaved,
+            "no rotation": freqs is None,
+            "packed sequences": given.get("packed_seq_params") is not None,
+            "inference": given.get("inference_context") is not None
+            or given.get("inference_params") is not None
+            or config.flash_decode,
+            "test mode": config.test_mode,
+            "a gate": getattr(config, "attention_output_gate", False),
+            "queries or keys are normalized": not _is_identity(attention.q_layernorm)
+            or not _is_identity(attention.k_layernorm),
+            "fewer groups than ranks": config.num_query_groups is None
+            or config.num_query_groups < attention.world_size,
+            "a part of the head is rotated": freqs is not None and freqs.shape[-1] != head,
+        }
+    )
+
+
+def _is_identity(layer: Any) -> bool:
+    return layer is None or type(layer).__name__ == "IdentityOp"
+
+
 def tokens_do_not_fit(x: Any, linear: Any, kind: str) -> str | None:
     """Say why this input does not fit, or None."""
     if x.dtype != torch.bfloat16 or type(x) is not torch.Tensor:

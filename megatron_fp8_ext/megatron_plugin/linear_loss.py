@@ -1,6 +1,7 @@
-"""`--linear-cross-entropy chunked`: LM head and loss of a GPTModel without full logits.
+"""`--linear-cross-entropy`: LM head and loss of a GPTModel without full logits.
 
-`flag` functions are pure; `postprocess` is the patch. Opt-in: the default is Megatron's own path.
+`take` and `chosen` are pure; `postprocess` is the patch. Without the flag, a run with fused layers gets
+`one-pass` and any other run Megatron's own path.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import inspect
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.megatron_plugin import arguments, run
 
 FLAG = "--linear-cross-entropy"
-VALUES = ("off", "chunked")
-NOTE = (
-    f"{FLAG} chunked: head and loss in slices of the vocabulary (four head GEMMs, no full logits)"
-)
+VALUES = ("off", "chunked", "one-pass")
+NOTES = {
+    "chunked": "head and loss in slices of the vocabulary (four head GEMMs, no full logits)",
+    "one-pass": "head and loss in slices of the tokens (three head GEMMs, no full logits)",
+}
 
 # Flags that want the logits, or another loss.
 CONTRADICTIONS: dict[str, str] = {
@@ -31,25 +34,39 @@ CONTRADICTIONS: dict[str, str] = {
 }
 
 
-def take(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """Return `argv` without the flag, and whether it asks for the chunked loss.
+def take(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """Return `argv` without the flag, and its value; None if it is not there.
 
     Raises:
         UserError: an unknown value, or a flag that wants the logits.
     """
     if not arguments.has(argv, FLAG):
-        return list(argv), False
+        return list(argv), None
     value = arguments.value(argv, FLAG)
     if value not in VALUES:
         shown = "no value" if value is None else f"'{value}'"
         raise UserError(f"{FLAG} got {shown}; give it one of: {', '.join(VALUES)}")
-    if value == "chunked":
+    if value != "off":
         other = arguments.first_written(argv, CONTRADICTIONS)
         if other is not None:
             raise UserError(
-                f"{FLAG} chunked contradicts {other}: {CONTRADICTIONS[other]}; drop one of the two"
+                f"{FLAG} {value} contradicts {other}: {CONTRADICTIONS[other]}; drop one of the two"
             )
-    return arguments.without(argv, FLAG, takes_value=True), value == "chunked"
+    return arguments.without(argv, FLAG, takes_value=True), value
+
+
+def chosen(asked: str | None, argv: Sequence[str], fused: bool) -> str:
+    """What the run gets: what it asks for, or the default of one with or without fused layers."""
+    if asked is not None:
+        return asked
+    return "one-pass" if fused and not arguments.first_written(argv, CONTRADICTIONS) else "off"
+
+
+def may_be_on(argv: Sequence[str], fused: bool) -> bool:
+    """Whether the patch is needed; what is wrong with the flag is `take`'s to say."""
+    if not arguments.has(argv, FLAG):
+        return fused
+    return arguments.value(argv, FLAG) != "off"
 
 
 def postprocess(module: ModuleType) -> None:
@@ -60,16 +77,28 @@ def postprocess(module: ModuleType) -> None:
     @functools.wraps(native)
     def _postprocess(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
-        if not self.post_process or given.get("labels") is None:
+        mode = run.current.linear_loss
+        if mode == "off" or not self.post_process or given.get("labels") is None:
             return native(self, *args, **kwargs)
         reason = _why_not(self, given)
         if reason is not None:
-            _say_once(f"{FLAG} chunked: {reason}, so this model keeps Megatron's own loss")
+            _say_once(f"{FLAG} {mode}: {reason}, so this model keeps Megatron's own loss")
             return native(self, *args, **kwargs)
-        with _in_slices(self):
+        with _in_slices(self, mode, given.get("loss_mask")):
             return native(self, *args, **kwargs)
 
     module.GPTModel._postprocess = _postprocess
+
+
+# Heads whose loss weighs tokens otherwise than the mask says: one pass would make every gradient twice.
+_weighed_otherwise: WeakSet[Any] = WeakSet()
+
+
+def _give_up(layer: Any) -> None:
+    _weighed_otherwise.add(layer)
+    _say_once(
+        f"{FLAG} one-pass: the loss weighs tokens otherwise than its mask; {NOTES['chunked']} from now on"
+    )
 
 
 @functools.cache
@@ -95,8 +124,10 @@ def _why_not(model: Any, given: dict[str, Any]) -> str | None:
 
 
 @contextlib.contextmanager
-def _in_slices(model: Any) -> Iterator[None]:
+def _in_slices(model: Any, mode: str, mask: Any) -> Iterator[None]:
     """Let the head hand its input on, and the loss multiply it with the head, slice by slice.
+
+    `mask` is the loss mask `[b, s]`, or None where the model is not told it.
 
     Between the two Megatron does nothing with the logits that `_why_not` would let pass.
     """
@@ -110,15 +141,24 @@ def _in_slices(model: Any) -> Iterator[None]:
         return hidden, None
 
     def loss(labels: Any, hidden: Any) -> Any:
-        from megatron_fp8_ext.kernels.linear_cross_entropy import linear_cross_entropy
+        target = labels.transpose(0, 1).contiguous()
+        parallel = (_tensor_parallel_group(layer), layer.sequence_parallel)
+        if mode == "one-pass" and layer not in _weighed_otherwise:
+            from megatron_fp8_ext.kernels.one_pass_loss import one_pass_cross_entropy
 
-        per_token = linear_cross_entropy(
-            hidden,
-            weights.pop(),
-            labels.transpose(0, 1).contiguous(),
-            _tensor_parallel_group(layer),
-            layer.sequence_parallel,
-        )
+            known = None if mask is None or mask.shape != labels.shape else mask.transpose(0, 1)
+            per_token = one_pass_cross_entropy(
+                hidden,
+                weights.pop(),
+                target,
+                known,
+                *parallel,
+                otherwise=functools.partial(_give_up, layer),
+            )
+        else:
+            from megatron_fp8_ext.kernels.linear_cross_entropy import linear_cross_entropy
+
+            per_token = linear_cross_entropy(hidden, weights.pop(), target, *parallel)
         return per_token.transpose(0, 1).contiguous()
 
     layer.forward, model.compute_language_model_loss = forward, loss

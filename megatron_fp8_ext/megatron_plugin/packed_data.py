@@ -170,7 +170,9 @@ def forward_step(data_iterator: Any, model: Any) -> Any:
     sequences = packed_sequences(torch.from_numpy(batch.cuts), batch.longest)
     count_flops(batch)
     timers("batch-generator").stop()
-    output = model(tokens, positions, None, labels=labels, packed_seq_params=sequences)
+    output = model(
+        tokens, positions, None, labels=labels, loss_mask=weights, packed_seq_params=sequences
+    )
     return output, partial(reduce, weights, units)
 
 

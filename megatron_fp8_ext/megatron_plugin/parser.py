@@ -89,8 +89,8 @@ def _describe(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         linear_loss.FLAG,
         choices=linear_loss.VALUES,
-        default="off",
-        help="compute LM head and loss together, in slices of the vocabulary (less memory)",
+        default=None,
+        help="compute LM head and loss together, without full logits (default: one-pass, fused layers)",
     )
     for flag, text in fused_flags.HELP.items():
         group.add_argument(flag, action="store_true", help=text)
@@ -189,7 +189,8 @@ def _adopt(found: Command, expansion: flags.Expansion, parsed: Any) -> None:
         os.environ[fused_flags.VARIABLE] = expansion.fused.text
     state.recipe, state.emulated = expansion.recipe, expansion.emulated
     state.stats = expansion.stats
-    state.fused, state.fp8_stash = expansion.fused.on, expansion.fused.stash
+    state.fused, state.stash = expansion.fused.on, expansion.fused.stash
+    state.linear_loss = expansion.linear_loss
     state.branch = branch
     state.branch_started = found.started
     notes = (*found.notes, *expansion.notes)

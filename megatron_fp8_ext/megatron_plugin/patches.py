@@ -26,7 +26,7 @@ from megatron_fp8_ext.megatron_plugin import (
 from megatron_fp8_ext.megatron_plugin.branch import FROM
 
 When = Literal[
-    "always", "ours", "branch", "packed", "emulation", "cpu", "stats", "chunked loss", "fused"
+    "always", "ours", "branch", "packed", "emulation", "cpu", "stats", "linear loss", "fused"
 ]
 
 
@@ -217,7 +217,7 @@ PATCHES: tuple[Patch, ...] = (
         reason="head and loss together in slices of the vocabulary, without full logits",
         versions="0.14-0.19",
         delete_when="Megatron has a linear cross-entropy for tensor-parallel vocabularies",
-        when="chunked loss",
+        when="linear loss",
         apply=linear_loss.postprocess,
     ),
     Patch(
@@ -237,6 +237,15 @@ PATCHES: tuple[Patch, ...] = (
         delete_when="TransformerEngine fuses SwiGLU with the block-scaled cast, both ways",
         when="fused",
         apply=_fused("mlp"),
+    ),
+    Patch(
+        module="megatron.core.transformer.attention",
+        symbol="SelfAttention.forward",
+        reason="splits and rotates QKV in one pass where the call allows it",
+        versions="0.17-0.19",
+        delete_when="a flag of Megatron reaches fused_single_qkv_rope",
+        when="fused",
+        apply=_fused("attention"),
     ),
     Patch(
         module="megatron.training.training",
@@ -366,6 +375,12 @@ def register() -> None:
     run.current.on_cpu = on_cpu
     # The second for Ray actors, whose command line is Ray's own (slime_plugin/transport.py).
     emulated = flags.EMULATE in sys.argv or os.environ.get(flags.EMULATE_VARIABLE) == "1"
+    fused = (
+        not on_cpu
+        and not emulated
+        and flags.requested(sys.argv[1:], os.environ) not in (None, "bf16")
+        and fused_flags.may_be_on(sys.argv, os.environ)
+    )
     active: dict[When, bool] = {
         "always": True,
         "ours": asked or run.current.wants_cpu,
@@ -374,11 +389,8 @@ def register() -> None:
         "emulation": on_cpu or emulated,
         "cpu": on_cpu,
         "stats": any(token.startswith(stats_flags.INTERVAL) for token in sys.argv),
-        "chunked loss": arguments.value(sys.argv[1:], linear_loss.FLAG) == "chunked",
-        "fused": not on_cpu
-        and not emulated
-        and flags.requested(sys.argv[1:], os.environ) not in (None, "bf16")
-        and fused_flags.may_be_on(sys.argv, os.environ),
+        "linear loss": linear_loss.may_be_on(sys.argv[1:], fused),
+        "fused": fused,
     }
     for patch in PATCHES:
         if active[patch.when]:

@@ -278,6 +278,7 @@ def forward_step(data_iterator: Any, model: Any) -> Any:
         batch["position_ids"],
         batch["attention_mask"],
         labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
         packed_seq_params=sequences,
     )
     return output, partial(loss_func, batch["loss_mask"], model=model)

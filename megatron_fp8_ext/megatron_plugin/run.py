@@ -32,7 +32,8 @@ class Run:
         wants_cpu: an entry script of ours runs, which trains without a GPU even in BF16.
         gpus_elsewhere: this process only parses; Ray actors train, and check their own GPUs.
         fused: whether layers may go through the fused functions.
-        fp8_stash: whether a fused MLP keeps fc1's output in FP8.
+        stash: whether a fused MLP keeps fc1's output in 8 bits.
+        linear_loss: how head and loss are computed: `off` (Megatron's way), `chunked` or `one-pass`.
     """
 
     recipe: FP8Recipe | None = None
@@ -47,7 +48,8 @@ class Run:
     stats: Stats | None = None
     gpus_elsewhere: bool = False
     fused: bool = False
-    fp8_stash: bool = False
+    stash: bool = False
+    linear_loss: str = "off"
 
 
 current = Run()

@@ -121,7 +121,7 @@ def choose(text: str) -> Choice:
     """Read one entry of `--recipes`: NAME, or NAME:OPTION.
 
     The option of our recipes is `emulated`, `fused` (our layers), `unfused` (TransformerEngine's) or `stash`
-    (fc1's output kept in FP8); of Megatron's own (delayed, tensorwise, mxfp8, blockwise) the FP8 format,
+    (fc1's output kept in 8 bits); of Megatron's own (delayed, tensorwise, mxfp8, blockwise) the FP8 format,
     `e4m3` or `hybrid`. Negative controls are always emulated.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`--linear-cross-entropy chunked` through Megatron's loop on the CPU: the losses are the plain path's.
+"""`--linear-cross-entropy` through Megatron's loop on the CPU: the losses are the plain path's.
 
 Tolerance 1e-3 relative: the slices sum in another order, and the head's weight gradient is added in FP32,
 where the plain path rounds it to BF16 first.
@@ -10,7 +10,8 @@ import pytest
 
 pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 DIST = "--use-distributed-optimizer"
-CHUNKED = ("--linear-cross-entropy", "chunked")
+FLAG = "--linear-cross-entropy"
+CHUNKED, ONE_PASS = (FLAG, "chunked"), (FLAG, "one-pass")
 
 
 def same(ours, theirs):
@@ -21,11 +22,13 @@ def same(ours, theirs):
         assert mine.grad_norm == pytest.approx(plain.grad_norm, rel=2e-2)
 
 
-def test_bf16_tied(train, bf16_run):
-    chunked = train(DIST, "--fp8-recipe", "bf16", *CHUNKED)
-    same(chunked, bf16_run)
-    assert any("GPTModel._postprocess" in line for line in chunked.said)
-    assert any("slices of the vocabulary" in line for line in chunked.said)
+@pytest.mark.parametrize(("mode", "what"), [(CHUNKED, "vocabulary"), (ONE_PASS, "tokens")])
+def test_bf16_tied(mode, what, train, bf16_run):
+    ours = train(DIST, "--fp8-recipe", "bf16", *mode)
+    same(ours, bf16_run)
+    assert any("GPTModel._postprocess" in line for line in ours.said)
+    assert any(f"slices of the {what}" in line for line in ours.said)
+    assert not any("otherwise" in line for line in ours.said), "the mask was the weight"
     assert not any("GPTModel._postprocess" in line for line in bf16_run.said)
 
 
@@ -47,7 +50,9 @@ def test_infir2_tied(train, infir2_run):
 )
 def test_parallel_runs(flags, train):
     common = (DIST, "--fp8-recipe", "bf16", *flags.split())
-    same(train(*common, *CHUNKED, processes=2), train(*common, processes=2))
+    plain = train(*common, processes=2)
+    for mode in (CHUNKED, ONE_PASS):
+        same(train(*common, *mode, processes=2), plain)
 
 
 def test_a_model_without_recipe_flag(train, bf16_run):
@@ -57,7 +62,10 @@ def test_a_model_without_recipe_flag(train, bf16_run):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--linear-cross-entropy", "liger"), "got 'liger'; give it one of: off, chunked"),
+        (
+            ("--linear-cross-entropy", "liger"),
+            "got 'liger'; give it one of: off, chunked, one-pass",
+        ),
         (("--linear-cross-entropy",), "got no value"),
         ((*CHUNKED, "--cross-entropy-loss-fusion"), "contradicts --cross-entropy-loss-fusion"),
     ],

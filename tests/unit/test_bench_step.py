@@ -21,10 +21,11 @@ STEP = step.Step(
 def test_sides():
     stock, te, ours = sides.parse("bf16,te-blockwise,infir2+stash")
     assert stock.flags == () and stock.loss == te.loss == "Megatron's default"
-    assert ours.flags[:2] == ("--fp8-recipe", "infir2") and ours.flags[-1] == "--infir2-fp8-stash"
-    assert ours.loss == "chunked"
+    assert ours.flags[:2] == ("--fp8-recipe", "infir2") and ours.flags[-1] == "--infir2-stash"
+    assert ours.loss == "one-pass"
     (plain,) = sides.parse("infir2+full-logits+unfused")
-    assert plain.flags == ("--fp8-recipe", "infir2", "--no-infir2-fused")
+    off = ("--linear-cross-entropy", "off")
+    assert plain.flags == ("--fp8-recipe", "infir2", *off, "--no-infir2-fused")
     assert plain.loss == "Megatron's default"
     (native,) = sides.parse("infir2+native-ce")
     assert "--linear-cross-entropy" not in native.flags and "native" in native.loss

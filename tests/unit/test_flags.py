@@ -258,11 +258,24 @@ CHUNKED = ("--linear-cross-entropy", "chunked")
 @pytest.mark.parametrize("argv", [["--bf16"], ["--bf16", *INFIR2], ["--fp8-recipe", "bf16"]])
 @pytest.mark.parametrize("given", [GPU, CPU], ids=["gpu", "cpu"])
 def test_chunked_loss_goes_with_every_recipe_and_with_none(argv, given):
-    plain, chunked = flags.expand(argv, given), flags.expand([*argv, *CHUNKED], given)
-    assert chunked.argv == plain.argv and chunked.chunked_loss and not plain.chunked_loss
-    assert chunked.notes[:-1] == plain.notes and "slices of the vocabulary" in chunked.notes[-1]
     off = flags.expand([*argv, "--linear-cross-entropy=off"], given)
-    assert off == plain
+    chunked = flags.expand([*argv, *CHUNKED], given)
+    assert (
+        chunked.argv == off.argv and chunked.linear_loss == "chunked" and off.linear_loss == "off"
+    )
+    assert chunked.notes[:-1] == off.notes and "slices of the vocabulary" in chunked.notes[-1]
+    # A run with fused layers takes the faster one by itself; others keep Megatron's.
+    plain = flags.expand(argv, given)
+    if plain.fused.on:
+        assert plain.linear_loss == "one-pass" and "slices of the tokens" in plain.notes[-1]
+    else:
+        assert plain == off
+
+
+def test_what_wants_the_logits_keeps_them_under_fused_layers():
+    for other in set(linear_loss.CONTRADICTIONS) - {"--fp8-output-proj"}:  # which is refused
+        plain = flags.expand(["--bf16", "--fp8-recipe", "infir2", "--infir2-fused", other], GPU)
+        assert plain.fused.on and plain.linear_loss == "off"
 
 
 @pytest.mark.parametrize("other", linear_loss.CONTRADICTIONS)
@@ -274,5 +287,5 @@ def test_what_wants_the_logits_contradicts_the_chunked_loss(other):
 
 @pytest.mark.parametrize("value", ["liger", ""])
 def test_unknown_loss(value):
-    with pytest.raises(UserError, match="give it one of: off, chunked"):
+    with pytest.raises(UserError, match="give it one of: off, chunked, one-pass"):
         flags.expand(["--bf16", "--linear-cross-entropy", value], GPU)

@@ -1,4 +1,4 @@
-"""`--infir2-fused`, `--no-infir2-fused` and `--infir2-fp8-stash`, as part of what a command becomes."""
+"""`--infir2-fused`, `--no-infir2-fused` and `--infir2-stash`, as part of what a command becomes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ BASE = ("--bf16", "--fp8-recipe", "infir2")
     [
         ((), None, fused_flags.DEFAULT),
         (("--infir2-fused",), None, "on"),
-        (("--infir2-fused", "--infir2-fp8-stash"), None, "stash"),
+        (("--infir2-fused", "--infir2-stash"), None, "stash"),
         (("--no-infir2-fused",), None, "off"),
-        (("--infir2-fp8-stash",), None, "stash"),
+        (("--infir2-stash",), None, "stash"),
         ((), "off", "off"),
         ((), "on", "on"),
         (("--infir2-fused",), "off", "on"),
         ((), "stash", "stash"),
-        (("--infir2-fp8-stash",), "off", "stash"),
+        (("--infir2-stash",), "off", "stash"),
     ],
 )
 def test_what_a_run_asks_for(written, inherited, want):
@@ -35,15 +35,15 @@ def test_what_a_run_asks_for(written, inherited, want):
     layers = {
         "on": "fused where possible |",
         "off": "TransformerEngine's (",
-        "stash": "kept in FP8",
+        "stash": "kept in 8 bits",
     }
     assert layers[want] in out.notes[0]
 
 
 def test_emulated_layers_are_not_fused():
-    out = flags.expand([*BASE, "--infir2-fp8-stash", "--fp8-emulate"], GPU)
+    out = flags.expand([*BASE, "--infir2-stash", "--fp8-emulate"], GPU)
     assert out.fused == fused_flags.NOT_FUSED and "layers:" not in out.notes[0]
-    assert any("--infir2-fp8-stash: emulated layers keep BF16" in note for note in out.notes)
+    assert any("--infir2-stash: emulated layers keep BF16" in note for note in out.notes)
 
 
 def test_our_recipes_alone_are_fused():
@@ -54,9 +54,9 @@ def test_our_recipes_alone_are_fused():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ((*BASE, "--infir2-fp8-stash", "--no-infir2-fused"), "contradicts"),
+        ((*BASE, "--infir2-stash", "--no-infir2-fused"), "contradicts"),
         ((*BASE, "--infir2-fused", "--no-infir2-fused"), "contradicts"),
-        (("--bf16", "--infir2-fp8-stash"), "needs one of our recipes"),
+        (("--bf16", "--infir2-stash"), "needs one of our recipes"),
         (("--bf16", "--fp8-recipe", "bf16", "--no-infir2-fused"), "contradicts --no-infir2-fused"),
     ],
 )

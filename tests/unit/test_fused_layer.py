@@ -238,14 +238,14 @@ def test_hooks(seam):
 def test_stash(seam, monkeypatch):
     layer, x = seam(), random(16, 2, H, seed=1).requires_grad_()
     plain = layer(x)[0]
-    monkeypatch.setattr(run.current, "fp8_stash", True)
+    monkeypatch.setattr(run.current, "stash", True)
     stashed = layer(x)[0]
     assert torch.equal(plain, stashed)
     grads = [
         torch.autograd.grad(y.float().sum(), layer.linear_fc1.weight)[0] for y in (plain, stashed)
     ]
     assert 26 < sqnr(grads[1], grads[0]) < 60
-    assert fused_layer.summary().endswith("fc1's output kept in FP8")
+    assert fused_layer.summary().endswith("fc1's output kept in 8 bits")
 
 
 @pytest.mark.parametrize(

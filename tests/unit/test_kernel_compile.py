@@ -23,9 +23,9 @@ FLAGS = ("ROWS", "COLUMNS", "SQUARE", "WHOLE", "KEEP", "RESIDUAL", "POWER_OF_TWO
 TYPES = {"row_codes": "*u8", "col_codes": "*u8", "codes": "*u8", "target": "*i64", "eps": "fp32",
          "first": "i32", "M": "i32", "K": "i32", "F": "i32", "H": "i32", "stride": "i32",
          "row_stride": "i32", "col_stride": "i32", "N": "i32", "V": "i32",
-         "stash_codes": "*u8", "y_codes": "*u8", "stash_stride": "i32", "y_stride": "i32"}
+         "stash_codes": "*i8", "y_codes": "*u8", "y_stride": "i32"}
 FP32 = ("row_scales", "col_scales", "scales", "rstd", "dweight", "largest", "total", "predicted",
-        "lse", "dloss", "stash_scales", "y_scales")
+        "lse", "dloss", "y_scales")
 KERNELS = [cast._cast_kernel, swiglu._forward_kernel, swiglu._backward_kernel,
            swiglu._backward_apart_kernel, swiglu._backward_straddling_kernel,
            rmsnorm._rows_kernel, rmsnorm._columns_kernel,
@@ -42,7 +42,7 @@ for kernel in KERNELS:
             else:
                 signature[name] = TYPES.get(name) or ("*fp32" if name in FP32 else "*bf16")
         if on and "y_codes" in signature:
-            signature["x"] = "*u8"  # a stash
+            signature["x"] = "*i8"  # a stash
         source = ASTSource(fn=kernel, signature=signature, constexprs=values)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
         assert ".ftz" not in built.asm["ptx"], "flushing would change subnormals"
@@ -59,3 +59,22 @@ def test_kernels_compile_for_hopper(tmp_path):
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 20
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_cuda_kernels_compile_for_hopper(power_of_two):
+    """NVRTC, as at run time; every kernel that the fused functions ask for, and the tests' KEEP."""
+    nvrtc = pytest.importorskip("megatron_fp8_ext.kernels.nvrtc")
+    from megatron_fp8_ext.kernels import hopper
+
+    try:
+        nvrtc._nvrtc()
+    except nvrtc.CudaError as error:
+        pytest.skip(str(error))
+    for source in hopper.SOURCES:
+        stash = power_of_two and "swiglu" in source
+        text, options = hopper.options(source, True, True, power_of_two, True, stash)
+        cubin = nvrtc.compile_source(text, "hopper.cu", options)
+        assert cubin[:4] == b"\x7fELF"
+    with pytest.raises(nvrtc.CudaError, match=r"hopper.cu.*error"):
+        nvrtc.compile_source(text + "}", "hopper.cu", options)

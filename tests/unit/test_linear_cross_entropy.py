@@ -8,7 +8,8 @@ import pytest
 from kernel_cases import DEVICE, torch
 
 from megatron_fp8_ext.kernels import linear_cross_entropy as lce
-from megatron_fp8_ext.kernels import softmax, softmax_torch
+from megatron_fp8_ext.kernels import one_pass_loss, softmax, softmax_torch
+from megatron_fp8_ext.kernels.one_pass_loss import one_pass_cross_entropy
 
 S, B, H, V = 24, 2, 64, 1000
 
@@ -31,15 +32,25 @@ def plain(hidden, weight, target):
     ).view(target.shape)
 
 
+def one_pass(hidden, weight, target, rows=None, mask=None, **more):
+    """The other implementation, called like the first; `rows` are tokens."""
+    return one_pass_cross_entropy(hidden, weight, target, mask, tokens=rows, **more)
+
+
+@pytest.mark.parametrize("loss_of", [lce.linear_cross_entropy, one_pass])
 @pytest.mark.parametrize("rows", [None, 1, 128, 333, V])
 @pytest.mark.parametrize(
     ("dtype", "loss_error", "grad_error"),
     [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 1e-5, 6e-3)],
     ids=["fp32", "bf16"],
 )
-def test_loss_and_gradients(dtype, loss_error, grad_error, rows):
+def test_loss_and_gradients(dtype, loss_error, grad_error, rows, loss_of):
     hidden, weight, target, mask = inputs(dtype)
-    loss = lce.linear_cross_entropy(hidden, weight, target, rows=rows)
+    told: list[bool] = []
+    more = {}
+    if loss_of is one_pass:
+        more = {"mask": mask * 7, "otherwise": lambda: told.append(True)}
+    loss = loss_of(hidden, weight, target, rows=rows, **more)
     assert loss.shape == (S, B) and loss.dtype == torch.float32
     want = plain(hidden, weight, target)
     # BF16 slices may round a logit differently from the whole product, by one step of BF16.
@@ -53,6 +64,36 @@ def test_loss_and_gradients(dtype, loss_error, grad_error, rows):
         assert ours.dtype == dtype
         difference = (ours.float() - theirs.float()).norm() / theirs.float().norm()
         assert difference < grad_error
+    assert not told
+
+
+@pytest.mark.parametrize("mask", [None, "wrong"])
+def test_one_pass_of_tokens_that_weigh_otherwise(mask):
+    """Any loss per token is exact; the caller hears that the gradients were made twice."""
+    hidden, weight, target, weights = inputs(torch.float32)
+    told: list[bool] = []
+    wrong = torch.ones_like(weights) if mask else None
+    loss = one_pass(hidden, weight, target, mask=wrong, otherwise=lambda: told.append(True))
+    want = torch.autograd.grad((plain(hidden, weight, target) * weights).sum(), (hidden, weight))
+    got = torch.autograd.grad((loss * weights).sum(), (hidden, weight))
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert told == [True]
+
+
+def test_one_pass_without_any_token_that_counts():
+    hidden, weight, target, _ = inputs(torch.bfloat16)
+    nothing = torch.zeros(S, B, device=DEVICE)
+    loss = one_pass(hidden, weight, target, mask=nothing)
+    for gradient in torch.autograd.grad((loss * nothing).sum(), (hidden, weight)):
+        assert not gradient.any()
+
+
+def test_one_pass_slices_fit_the_budget():
+    size = one_pass_loss.slice_size(16384, 151936, 2)
+    assert size == 4096 and size * 151936 * 2 <= one_pass_loss.SLICE_BYTES
+    assert one_pass_loss.slice_size(5000, 151936, 2) == 2560, "equal slices"
+    assert one_pass_loss.slice_size(40, 512, 2) == 40
 
 
 def test_masked_tokens_and_targets_outside_of_the_vocabulary():
@@ -80,14 +121,15 @@ def test_frozen_sides_get_no_gradient():
         assert not lce.linear_cross_entropy(hidden, weight, target).requires_grad
 
 
+@pytest.mark.parametrize("loss_of", [lce.linear_cross_entropy, one_pass])
 @pytest.mark.parametrize("tied", [False, True])
-def test_main_grad_is_added_to_as_megatron_expects(tied):
+def test_main_grad_is_added_to_as_megatron_expects(tied, loss_of):
     hidden, weight, target, mask = inputs(torch.bfloat16)
     want = torch.autograd.grad((plain(hidden, weight, target) * mask).sum(), weight)[0].float()
     weight.main_grad = torch.ones(V, H, device=DEVICE)
     weight.grad_added_to_main_grad = False
     weight.zero_out_wgrad = tied
-    loss = lce.linear_cross_entropy(hidden, weight, target, rows=300)
+    loss = loss_of(hidden, weight, target, rows=30)
     (loss * mask).sum().backward()
     assert weight.grad_added_to_main_grad
     assert (weight.main_grad - 1 - want).norm() / want.norm() < 6e-3
@@ -131,7 +173,7 @@ def test_triton_softmax_is_the_torch_one(dtype):
         )
 
 
-def _rank(rank, port, sequence_parallel, dtype):
+def _rank(rank, port, sequence_parallel, dtype, one):
     import torch.distributed as dist
 
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -139,9 +181,11 @@ def _rank(rank, port, sequence_parallel, dtype):
     part = weight.detach().chunk(2)[rank].clone().requires_grad_()
     mine = hidden.detach().chunk(2)[rank].clone() if sequence_parallel else hidden.detach().clone()
     mine.requires_grad_()
-    loss = lce.linear_cross_entropy(
-        mine, part, target, dist.group.WORLD, sequence_parallel, rows=130
-    )
+    parallel = {"group": dist.group.WORLD, "sequence_parallel": sequence_parallel}
+    if one:
+        loss = one_pass(mine, part, target, rows=20, mask=mask, **parallel)
+    else:
+        loss = lce.linear_cross_entropy(mine, part, target, rows=130, **parallel)
     want = plain(hidden, weight, target)
     (loss * mask).sum().backward()
     dh, dw = torch.autograd.grad((want * mask).sum(), (hidden, weight))
@@ -157,7 +201,7 @@ def _rank(rank, port, sequence_parallel, dtype):
 def test_vocabulary_over_two_ranks(sequence_parallel):
     from conftest import free_port
 
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, one in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         torch.multiprocessing.spawn(
-            functools.partial(_rank), (free_port(), sequence_parallel, dtype), nprocs=2
+            functools.partial(_rank), (free_port(), sequence_parallel, dtype, one), nprocs=2
         )

@@ -96,7 +96,7 @@ def test_plan_gives_each_member_its_own_flags(tmp_path):
         (["infir2:e4m3"], ["x"], "has the options emulated, fused, unfused, stash"),
         (["control-1bit:stash"], ["x"], "has the options emulated"),
         (["bf16:emulated"], ["x"], "has no option"),
-        (["infir2"], ["x", "--infir2-fp8-stash"], "infir2:fused, infir2:unfused or"),
+        (["infir2"], ["x", "--infir2-stash"], "infir2:fused, infir2:unfused or"),
         (["delayed:x"], ["x"], "e4m3 or hybrid"),
         (["infir2", "infir2"], ["x"], "names infir2 twice"),
         (["infir2"], ["x", "--train-samples", "5"], "replace --train-samples by --steps"),

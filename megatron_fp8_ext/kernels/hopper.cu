@@ -1,0 +1,354 @@
+// Tiles of 128x128 BF16, made or read, and cast to 1x128 E4M3 along rows, along columns or both: the CUDA form of
+// the Triton kernels in cast.py, swiglu.py and rmsnorm.py, for matrices of whole tiles. Compiled at run time.
+//
+// 256 threads. A thread holds 8 neighbouring rows of 8 neighbouring columns as BF16 pairs, so the codes of both
+// directions are made of registers: 8 bytes of a row are 8 columns, 8 bytes of a column are 8 rows. Column-wise
+// codes go through shared memory once, whose 8-byte slots are permuted so that no two threads of a half warp meet.
+//
+// Macros from hopper.py: SOURCE (what makes the tile), ROWS, COLUMNS, POWER_OF_TWO, KEEP (store the tile too),
+// STASH (SwiGLU's input in 8 bits, stash.py: its forward writes that, its backward reads it).
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+
+#define PLAIN 0
+#define SWIGLU 1
+#define SWIGLU_BACKWARD 2    // tiles of the gradients of gate and of up
+#define SWIGLU_BACKWARD_Y 3  // and of SwiGLU's result, column-wise
+#define RMSNORM 4
+
+struct Arguments {
+  const u16 *x, *dy, *gain;
+  const float *rstd;
+  u8 *row_codes;
+  float *row_scales;
+  u8 *column_codes;
+  float *column_scales;
+  u8 *y_codes;
+  float *y_scales;
+  u16 *kept;
+  u8 *stash_codes;
+  u16 *stash_scales;
+  int rows, columns;  // of the tiles' matrix; with SwiGLU's backward `columns` is F, that of one half
+  int row_stride, column_stride, y_stride;
+};
+
+struct Tile {
+  u32 pair[8][4];  // [row][two columns, the first in the low half]
+};
+
+struct Place {
+  int tile_m, tile_k, warp, lane, first_row, first_column;
+  __device__ Place(int m, int k) : tile_m(m), tile_k(k), warp(threadIdx.x >> 5), lane(threadIdx.x & 31) {
+    first_row = warp * 16 + (lane >> 4) * 8;
+    first_column = (lane & 15) * 8;
+  }
+};
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+
+__device__ __forceinline__ u32 round_pair(float first, float second) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+
+// The larger of each half; a NaN loses.
+__device__ __forceinline__ u32 larger(u32 a, u32 b) {
+  u32 out;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+
+__device__ __forceinline__ u32 magnitude(u32 pair) { return pair & 0x7FFF7FFFu; }
+
+__device__ __forceinline__ u32 encode(float a, float b, float c, float d) {
+  u16 first, second;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(first) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(second) : "f"(d), "f"(c));
+  return first | ((u32)second << 16);
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float out;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
+// `scale_of` of cast.py; `amax` as the bits of an FP32 number, a NaN counts as zero.
+__device__ __forceinline__ void scale_of(u32 amax, float &scale, float &inverse) {
+#if POWER_OF_TWO
+  int exponent = (amax + 0x1FFFFFu) >> 23;
+  int biased = min(262 - exponent, 254);
+  scale = __uint_as_float((u32)biased << 23);
+  inverse = __uint_as_float(biased == 254 ? 0x00400000u : (u32)(254 - biased) << 23);
+#else
+  scale = __fdiv_rn(448.0f, __uint_as_float(amax));
+  if (scale == __uint_as_float(0x7F800000u)) scale = __uint_as_float(0x7F7F0000u);  // BF16's largest
+  inverse = __fdiv_rn(1.0f, scale);
+#endif
+  if (amax == 0 || amax >= 0x7F800000u) scale = inverse = 1.0f;
+}
+
+__device__ __forceinline__ void keep(const Tile &tile, const Place &at, u16 *kept, int columns) {
+#if KEEP
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    size_t row = (size_t)at.tile_m * 128 + at.first_row + i;
+    *(uint4 *)(kept + row * columns + at.tile_k * 128 + at.first_column) =
+        make_uint4(tile.pair[i][0], tile.pair[i][1], tile.pair[i][2], tile.pair[i][3]);
+  }
+#endif
+}
+
+__device__ __forceinline__ void store_rows(const Tile &tile, const Place &at, u8 *codes, float *scales, int columns,
+                                           int stride) {
+  u32 amax[4];  // rows 2j and 2j + 1
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    u32 both[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const u32 *row = tile.pair[2 * j + h];
+      both[h] = larger(larger(magnitude(row[0]), magnitude(row[1])), larger(magnitude(row[2]), magnitude(row[3])));
+    }
+    amax[j] = larger(__byte_perm(both[0], both[1], 0x5410), __byte_perm(both[0], both[1], 0x7632));
+#pragma unroll
+    for (int other = 8; other > 0; other >>= 1) amax[j] = larger(amax[j], __shfl_xor_sync(~0u, amax[j], other));
+  }
+  float own = 1.0f;
+  u8 *out = codes + ((size_t)at.tile_m * 128 + at.first_row) * columns + at.tile_k * 128 + at.first_column;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    float s, inverse;
+    scale_of(i & 1 ? amax[i / 2] & 0xFFFF0000u : amax[i / 2] << 16, s, inverse);
+    if ((at.lane & 15) == i) own = inverse;
+    const u32 *p = tile.pair[i];
+    uint2 word;
+    word.x = encode(low(p[0]) * s, high(p[0]) * s, low(p[1]) * s, high(p[1]) * s);
+    word.y = encode(low(p[2]) * s, high(p[2]) * s, low(p[3]) * s, high(p[3]) * s);
+    *(uint2 *)(out + (size_t)i * columns) = word;
+  }
+  if ((at.lane & 15) < 8)
+    scales[(size_t)at.tile_k * stride + at.tile_m * 128 + at.first_row + (at.lane & 15)] = own;
+}
+
+__device__ __forceinline__ void store_columns(const Tile &tile, const Place &at, u8 *codes, float *scales, int rows,
+                                              int stride) {
+  __shared__ uint4 amaxes[8][16];        // [warp][8 columns]
+  __shared__ float column_scale[128];
+  __shared__ uint4 transposed[128][8];   // [column][16 rows]
+  u32 amax[4];
+#pragma unroll
+  for (int p = 0; p < 4; p++) {
+    amax[p] = magnitude(tile.pair[0][p]);
+#pragma unroll
+    for (int i = 1; i < 8; i++) amax[p] = larger(amax[p], magnitude(tile.pair[i][p]));
+    amax[p] = larger(amax[p], __shfl_xor_sync(~0u, amax[p], 16));
+  }
+  if (at.lane < 16) amaxes[at.warp][at.lane] = make_uint4(amax[0], amax[1], amax[2], amax[3]);
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    const u16 *of = (const u16 *)amaxes + threadIdx.x;
+    u32 largest = 0;  // BF16 magnitudes are ordered as integers; a NaN, which lies above infinity, counts as zero
+#pragma unroll
+    for (int w = 0; w < 8; w++) {
+      u32 bits = of[w * 128];
+      largest = max(largest, bits > 0x7F80u ? 0u : bits);
+    }
+    float s, inverse;
+    scale_of(largest << 16, s, inverse);
+    column_scale[threadIdx.x] = s;
+    scales[(size_t)at.tile_m * stride + at.tile_k * 128 + threadIdx.x] = inverse;
+  }
+  __syncthreads();
+  const int group = at.first_row >> 3, mix = at.lane & 15;
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const float s = column_scale[at.first_column + j];
+    float value[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) value[i] = s * (j & 1 ? high(tile.pair[i][j / 2]) : low(tile.pair[i][j / 2]));
+    uint2 word;
+    word.x = encode(value[0], value[1], value[2], value[3]);
+    word.y = encode(value[4], value[5], value[6], value[7]);
+    ((uint2 *)transposed[at.first_column + j])[group ^ mix] = word;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int round = 0; round < 4; round++) {
+    const int column = round * 32 + (threadIdx.x >> 3), part = threadIdx.x & 7, f = (column >> 3) & 15;
+    uint4 word = transposed[column][part ^ (f >> 1)];
+    if (f & 1) word = make_uint4(word.z, word.w, word.x, word.y);
+    *(uint4 *)(codes + ((size_t)at.tile_k * 128 + column) * rows + at.tile_m * 128 + part * 16) = word;
+  }
+}
+
+__device__ __forceinline__ uint4 eight(const u16 *matrix, const Place &at, int i, int columns) {
+  size_t row = (size_t)at.tile_m * 128 + at.first_row + i;
+  return __ldg((const uint4 *)(matrix + row * columns + at.tile_k * 128 + at.first_column));
+}
+
+__device__ __forceinline__ float product(float gate, float up) { return gate * reciprocal(1.0f + __expf(-gate)) * up; }
+__device__ __forceinline__ float gate_gradient(float dy, float gate, float up) {
+  float sigmoid = reciprocal(1.0f + __expf(-gate));
+  return dy * up * sigmoid * (1.0f + gate * (1.0f - sigmoid));
+}
+__device__ __forceinline__ float up_gradient(float dy, float gate) {
+  return dy * gate * reciprocal(1.0f + __expf(-gate));
+}
+
+#if STASH
+__device__ __forceinline__ size_t stash_block(const Place &at, int i, int half, const Arguments &a) {
+  const int tile = at.tile_k + half * (a.columns / 128);
+  return ((size_t)tile * a.rows + at.tile_m * 128 + at.first_row + i) * 4 + ((at.lane & 15) >> 2);
+}
+
+__device__ __forceinline__ size_t stash_eight(const Place &at, int i, int half, const Arguments &a) {
+  const size_t row = (size_t)at.tile_m * 128 + at.first_row + i;
+  return row * 2 * a.columns + half * a.columns + at.tile_k * 128 + at.first_column;
+}
+
+// The larger of each half; a NaN wins.
+__device__ __forceinline__ u32 larger_or_nan(u32 a, u32 b) {
+  u32 out;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+
+// Two numbers below 2^22 in size, rounded to integers, in the low two bytes: 1.5 2^23 leaves no bits after the point.
+__device__ __forceinline__ u32 integers(u32 pair, float inverse) {
+  const float first = fmaf(low(pair), inverse, 12582912.0f), second = fmaf(high(pair), inverse, 12582912.0f);
+  return __byte_perm(__float_as_uint(first), __float_as_uint(second), 0x0040);
+}
+
+// Eight columns of a row; four neighbouring lanes have a block of 32.
+__device__ __forceinline__ void keep_in_8_bits(const uint4 &x, const Place &at, int i, int half, const Arguments &a) {
+  u32 both = larger_or_nan(larger_or_nan(magnitude(x.x), magnitude(x.y)),
+                           larger_or_nan(magnitude(x.z), magnitude(x.w)));
+#pragma unroll
+  for (int other = 1; other <= 2; other <<= 1) both = larger_or_nan(both, __shfl_xor_sync(~0u, both, other));
+  both = larger_or_nan(both, __byte_perm(both, both, 0x1032));
+  u32 bits = round_pair(low(both) * (1.0f / 127), 0.0f) & 0xFFFFu;
+  float inverse = __frcp_rn(__uint_as_float(bits << 16));
+  if (__uint_as_float(bits << 16) < 0x1p-100f) bits = 0, inverse = 0.0f;
+  const bool broken = !(low(both) < __uint_as_float(0x7F800000u));
+  uint2 codes;
+  codes.x = __byte_perm(integers(x.x, inverse), integers(x.y, inverse), 0x5410);
+  codes.y = __byte_perm(integers(x.z, inverse), integers(x.w, inverse), 0x5410);
+  if (broken) bits = 0x7FC0u, codes.x = codes.y = 0;
+  *(uint2 *)(a.stash_codes + stash_eight(at, i, half, a)) = codes;
+  if ((at.lane & 3) == 0) a.stash_scales[stash_block(at, i, half, a)] = (u16)bits;
+}
+
+__device__ __forceinline__ void out_of_8_bits(float value[8], const Place &at, int i, int half, const Arguments &a) {
+  const uint2 codes = __ldg((const uint2 *)(a.stash_codes + stash_eight(at, i, half, a)));
+  const float scale = low(__ldg(a.stash_scales + stash_block(at, i, half, a)));
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    // 2^23 + 128 + code as FP32, without a conversion.
+    const u32 biased = (j < 4 ? codes.x : codes.y) ^ 0x80808080u;
+    value[j] = (__uint_as_float(__byte_perm(biased, 0x4B000000u, 0x7540 | (j & 3))) - 8388736.0f) * scale;
+  }
+}
+#endif
+
+#define OF(vector, p) (p == 0 ? vector.x : p == 1 ? vector.y : p == 2 ? vector.z : vector.w)
+
+__device__ __forceinline__ void unpack(float value[8], const uint4 &x) {
+#pragma unroll
+  for (int p = 0; p < 4; p++) value[2 * p] = low(OF(x, p)), value[2 * p + 1] = high(OF(x, p));
+}
+
+// SwiGLU's result (2), the gradient of its gate (0) or of its up (1).
+template <int RESULT>
+__device__ __forceinline__ void activation(Tile &tile, const Place &at, const Arguments &a) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    float gate[8], up[8], dy[8], out[8];
+#if STASH && SOURCE != SWIGLU
+    out_of_8_bits(gate, at, i, 0, a);
+    if (RESULT != 1) out_of_8_bits(up, at, i, 1, a);
+#else
+    const uint4 packed_gate = eight(a.x, at, i, 2 * a.columns);
+    unpack(gate, packed_gate);
+    if (RESULT != 1) {
+      const uint4 packed_up = eight(a.x + a.columns, at, i, 2 * a.columns);
+      unpack(up, packed_up);
+#if STASH
+      keep_in_8_bits(packed_gate, at, i, 0, a);
+      keep_in_8_bits(packed_up, at, i, 1, a);
+#endif
+    }
+#endif
+    if (RESULT != 2) unpack(dy, eight(a.dy, at, i, a.columns));
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+      out[j] = RESULT == 2   ? product(gate[j], up[j])
+               : RESULT == 0 ? gate_gradient(dy[j], gate[j], up[j])
+                             : up_gradient(dy[j], gate[j]);
+#pragma unroll
+    for (int p = 0; p < 4; p++) tile.pair[i][p] = round_pair(out[2 * p], out[2 * p + 1]);
+  }
+}
+
+__device__ __forceinline__ void store(const Tile &tile, const Place &at, const Arguments &a, int columns) {
+  keep(tile, at, a.kept, columns);
+#if ROWS
+  store_rows(tile, at, a.row_codes, a.row_scales, columns, a.row_stride);
+#endif
+#if COLUMNS
+  store_columns(tile, at, a.column_codes, a.column_scales, a.rows, a.column_stride);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) cast_tiles(const Arguments a) {
+  Tile tile;
+#if SOURCE == PLAIN
+  const Place at(blockIdx.y, blockIdx.x);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    uint4 x = eight(a.x, at, i, a.columns);
+#pragma unroll
+    for (int p = 0; p < 4; p++) tile.pair[i][p] = OF(x, p);
+  }
+  store(tile, at, a, a.columns);
+#elif SOURCE == SWIGLU
+  const Place at(blockIdx.y, blockIdx.x);
+  activation<2>(tile, at, a);
+  store(tile, at, a, a.columns);
+#elif SOURCE == RMSNORM
+  const Place at(blockIdx.y, blockIdx.x);
+  const uint4 gain = __ldg((const uint4 *)(a.gain + at.tile_k * 128 + at.first_column));
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const float r = __ldg(a.rstd + at.tile_m * 128 + at.first_row + i);
+    uint4 x = eight(a.x, at, i, a.columns);
+#pragma unroll
+    for (int p = 0; p < 4; p++)
+      tile.pair[i][p] = round_pair(low(OF(x, p)) * r * low(OF(gain, p)), high(OF(x, p)) * r * high(OF(gain, p)));
+  }
+  store(tile, at, a, a.columns);
+#else
+  // A program for each result of a tile: its neighbours read the same bytes at the same time, from L2.
+  const int results = SOURCE == SWIGLU_BACKWARD_Y ? 3 : 2, result = blockIdx.x % results;
+  const Place at(blockIdx.y, blockIdx.x / results);
+  if (result == 2) {
+#if SOURCE == SWIGLU_BACKWARD_Y
+    activation<2>(tile, at, a);
+    store_columns(tile, at, a.y_codes, a.y_scales, a.rows, a.y_stride);
+#endif
+    return;
+  }
+  Place to = at;
+  if (result == 0) {
+    activation<0>(tile, at, a);
+  } else {
+    activation<1>(tile, at, a);
+    to.tile_k += a.columns / 128;
+  }
+  store(tile, to, a, 2 * a.columns);
+#endif
+}

@@ -1,0 +1,142 @@
+"""The CUDA kernels write what the Triton kernels write: codes, scales and BF16 intermediates."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+
+from kernel_cases import FORMATS, assert_same_cast, edge_cases, ulps_apart  # noqa: E402
+
+from megatron_fp8_ext.fp8 import reference  # noqa: E402
+from megatron_fp8_ext.kernels import hopper, rmsnorm, stash, swiglu  # noqa: E402
+from megatron_fp8_ext.kernels.cast import cast_1x128  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+WAYS = ((True, True), (True, False), (False, True))
+
+
+def test_they_are_used():
+    assert hopper.reason(0) is None
+    assert hopper.takes(torch.zeros(128, 128, device="cuda", dtype=torch.bfloat16), 128, 128)
+
+
+def same(ours, theirs):
+    for a, b in ((ours.rows, theirs.rows), (ours.columns, theirs.columns)):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert torch.equal(a.codes, b.codes)
+            assert torch.equal(a.scale_inv.view(torch.int32), b.scale_inv.view(torch.int32))
+
+
+def tiled(x):
+    """Whole tiles of a case of any shape."""
+    out = torch.zeros(
+        -(-x.shape[0] // 128) * 128, -(-x.shape[1] // 128) * 128, dtype=torch.bfloat16
+    )
+    out[: x.shape[0], : x.shape[1]] = x.to(torch.bfloat16)
+    return out.to("cuda")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("case", edge_cases())
+def test_edge_cases(case, scale_format, way):
+    x = tiled(edge_cases()[case])
+    same(cast_1x128(x, scale_format, *way), cast_1x128(x, scale_format, *way, warps=8))
+
+
+@pytest.mark.parametrize("scale_format", FORMATS)
+def test_every_bit_pattern(scale_format):
+    """All BF16 numbers, infinities and NaNs included, beside others of every size."""
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    for shuffle in range(3):
+        order = torch.randperm(65536, generator=torch.Generator().manual_seed(shuffle))
+        x = (bits if shuffle == 0 else bits[order]).reshape(256, 256).to("cuda").contiguous()
+        got = cast_1x128(x, scale_format)
+        assert_same_cast(got.quantized(), reference.quantize_rows(x, scale_format))
+        columns = reference.quantize_columns(x, scale_format)
+        assert_same_cast(got.quantized(columns=True), columns)
+
+
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("m, f", [(128, 128), (384, 640), (2048, 8960)])
+def test_swiglu(m, f, scale_format):
+    torch.manual_seed(0)
+    x = torch.randn(m, 2 * f, device="cuda", dtype=torch.bfloat16) * 8
+    dy = torch.randn(m, f, device="cuda", dtype=torch.bfloat16) * 1e-3
+    for way in WAYS:
+        ours = swiglu.swiglu_cast(x, scale_format, *way, keep=True)
+        theirs = swiglu.swiglu_cast(x, scale_format, *way, keep=True, warps=8)
+        assert ulps_apart(ours.kept, theirs.kept.float()) <= 1
+        same(ours.cast, cast_1x128(ours.kept, scale_format, *way))
+    y = ours.kept
+    for again in (False, True):
+        ours = swiglu.swiglu_backward_cast(dy, x, scale_format, keep=True, y_columns=again)
+        theirs = swiglu.swiglu_backward_cast(dy, x, scale_format, keep=True, warps=16)
+        assert ulps_apart(ours.kept, theirs.kept.float()) <= 1
+        same(ours.cast, cast_1x128(ours.kept, scale_format))
+        if again:
+            same(ours.y, cast_1x128(y, scale_format, rows=False))
+
+
+def test_swiglu_of_what_is_not_finite_or_very_large():
+    values = torch.tensor(
+        [float("inf"), -float("inf"), float("nan"), 3e38, -3e38, 88.5, -88.5, -100, 0]
+    )
+    gate = values.repeat(128, 15)[:, :128]
+    up = values.repeat_interleave(15).repeat(128, 1)[:, :128]
+    x = torch.cat((gate, up), dim=1).to("cuda", torch.bfloat16)
+    ours = swiglu.swiglu_cast(x, "power_of_two", keep=True).kept.float()
+    theirs = (torch.nn.functional.silu(x[:, :128].float()) * x[:, 128:].float()).bfloat16().float()
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    finite = ~theirs.isnan() & (theirs.abs() > 1e-37)
+    assert torch.allclose(ours[finite], theirs[finite], rtol=2**-7)
+
+
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("m, h", [(256, 128), (1024, 1536), (512, 3584)])
+def test_rmsnorm_columns(m, h, scale_format):
+    torch.manual_seed(0)
+    x = torch.randn(m, h, device="cuda", dtype=torch.bfloat16) * 3
+    gain = torch.randn(h, device="cuda", dtype=torch.bfloat16)
+    normed = rmsnorm.rmsnorm_cast(x, gain, 1e-6, scale_format, columns=False, keep=True)
+    columns = rmsnorm.rmsnorm_columns(x, gain, normed.rstd, scale_format)
+    same(columns, rmsnorm.rmsnorm_columns(x, gain, normed.rstd, scale_format, warps=16))
+    same(columns, cast_1x128(normed.kept, scale_format, rows=False))
+
+
+@pytest.mark.parametrize("m, f", [(128, 128), (384, 640), (2048, 8960)])
+def test_stash(m, f):
+    torch.manual_seed(0)
+    x = torch.randn(m, 2 * f, device="cuda", dtype=torch.bfloat16) * 8
+    x[:, ::97] *= 40
+    x[3, 5], x[7, 140 % f], x[9, 30:70] = float("nan"), float("inf"), 0
+    x[11, :32] = 1e-38
+    made = swiglu.swiglu_cast(x, "power_of_two", columns=False, stash=True, keep=True)
+    plain = swiglu.swiglu_cast(x, "power_of_two", columns=False, keep=True)
+    assert torch.equal(made.kept.view(torch.int16), plain.kept.view(torch.int16))
+    same(made.cast, plain.cast)
+    want = stash.quantize(x)
+    assert torch.equal(made.stash.scales.view(torch.int16), want.scales.view(torch.int16))
+    # A product that lies between two integers may be rounded once here and twice in torch.
+    apart = (made.stash.codes.int() - want.codes.int()).abs()
+    assert apart.max() <= 1 and apart.float().mean() < 1e-4
+    triton = swiglu.swiglu_cast(x, "power_of_two", columns=False, stash=True, warps=8).stash
+    assert (made.stash.codes.int() - triton.codes.int()).abs().max() <= 1
+    # The backward from the stash is the backward from what the stash stands for, in FP32.
+    dy = torch.randn(m, f, device="cuda", dtype=torch.bfloat16) * 1e-3
+    ours = swiglu.swiglu_backward_cast(dy, made.stash, "power_of_two", keep=True, y_columns=True)
+    exact = made.stash.dequantize().requires_grad_()
+    gate, up = exact.chunk(2, dim=-1)
+    y = torch.nn.functional.silu(gate) * up
+    (dx,) = torch.autograd.grad(y, exact, dy.float())
+    finite = dx.isfinite()
+    assert torch.equal(finite, ours.kept.isfinite())
+    assert ulps_apart(ours.kept[finite], dx[finite]) <= 2
+    same(ours.cast, cast_1x128(ours.kept, "power_of_two"))
+    theirs = swiglu.swiglu_backward_cast(dy, made.stash, "power_of_two", y_columns=True, warps=16)
+    codes = ours.y.columns.codes, theirs.y.columns.codes
+    assert (codes[0] != codes[1]).float().mean() < 1e-3
