@@ -202,6 +202,12 @@ def build(request: Request, facts: Facts) -> Plan:
         raise UserError(
             f"--launcher {launcher}: {preset.name} trains with {trainer}; use --launcher {right} or slurm"
         )
+    for flag, value, reader in (
+        ("--ray-address", request.ray_address, "ray"),
+        ("--rdzv-endpoint", request.rdzv_endpoint, "torchrun"),
+    ):
+        if value and launcher != reader:
+            notes.append(f"{flag} is for --launcher {reader}, and left out here")
     save = arguments.value(flags, "--save") or f"{output}/checkpoints"
     return Plan(
         request=request, settings=settings, trainer=trainer, launcher=launcher, nodes=nodes, gpus=gpus,

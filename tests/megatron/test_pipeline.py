@@ -2,7 +2,7 @@
 
 RL is slime's own loop on a Ray cluster of this machine: it needs SLIME_PATH (a checkout of v0.3) and
 MEGATRON_FP8_SLIME_PYTHON (see tests/ray_cluster.py). The evaluation needs MEGATRON_FP8_EVALSCOPE and
-MEGATRON_FP8_SERVER_PYTHON (see tests/evaluation). About MINUTES minutes of two cores and 6 GB.
+MEGATRON_FP8_SERVER_PYTHON (see tests/evaluation). MINUTES
 """
 
 from __future__ import annotations

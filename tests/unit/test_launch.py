@@ -375,7 +375,8 @@ def test_a_preset_with_a_secret_does_not_start(tmp_path):
 
 
 def test_nothing_binds_beyond_loopback():
-    first, ray, submit = render.launch(planned("qwen2.5-7b-sft-stage1", slime="S")).steps
+    alone = planned("qwen2.5-7b-sft-stage1", "nodes=1", slime="S")
+    first, ray, submit = render.launch(alone).steps
     assert first.argv[:4] == ("env", "SLIME_PATH=S", "megatron-fp8", "doctor")
     assert " ".join(first.argv[4:]) == "--gpus 8 --slime --engine-gpus 0"
     assert ray.argv[:2] == ("ray", "start") and "0.0.0.0" not in str((first, ray, submit))
@@ -399,6 +400,13 @@ def test_a_running_ray_cluster_is_examined_by_a_job_of_its_own_first():
     assert "NVTE_" not in str(check.argv), "doctor takes a recipe's variables for strays"
     text = render.shell(render.launch(found))
     assert "--tensor-parallel 4 &&\nray job submit" in text, "pasted, it stops there as well"
+
+
+def test_options_of_another_launcher_are_not_dropped_in_silence():
+    ray = planned("qwen2.5-7b-rl-stage1", ray_address="http://h:1", rdzv_endpoint="h:2")
+    assert ray.notes[-1] == "--rdzv-endpoint is for --launcher torchrun, and left out here"
+    megatron = planned("qwen2.5-7b-cpt", ray_address="http://h:1")
+    assert megatron.notes[-1] == "--ray-address is for --launcher ray, and left out here"
 
 
 def test_a_failed_preflight_starts_nothing(tmp_path, capfd, monkeypatch):

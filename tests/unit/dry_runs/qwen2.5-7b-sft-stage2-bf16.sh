@@ -1,18 +1,15 @@
-# preflight of this node: stops here, with the mend, where training would fail
-env SLIME_PATH=SLIME megatron-fp8 doctor \
+# preflight of every node of the cluster that has GPUs: stops here, naming node and mend
+ray job submit \
+    --address http://HEAD:8265 \
+    --runtime-env-json '{"env_vars": {"SLIME_PATH": "SLIME", "PYTHONPATH": "SLIME:${PYTHONPATH}"}}' \
+    -- python3 -m megatron_fp8_ext.cli doctor \
+    --every-node \
+    --cluster-gpus 16 \
     --gpus 8 \
     --slime \
     --engine-gpus 0 &&
-# a Ray of this machine alone, its dashboard on loopback (its job API runs any code it is sent); `ray stop` ends it
-ray start \
-    --head \
-    --node-ip-address 127.0.0.1 \
-    --dashboard-host 127.0.0.1 \
-    --dashboard-port 8265 \
-    --num-gpus 8 \
-    --disable-usage-stats &&
 ray job submit \
-    --address http://127.0.0.1:8265 \
+    --address http://HEAD:8265 \
     --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_SFT_BF16_7B_stage2/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "SLIME_PATH": "SLIME", "PYTHONPATH": "SLIME:${PYTHONPATH}"}}' \
     -- python3 -m megatron_fp8_ext.slime_plugin train_async.py \
     --num-layers 28 \
