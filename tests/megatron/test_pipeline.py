@@ -1,8 +1,9 @@
 """docs/pipeline.md, command by command: SmolLM2's released weights to an evaluated FP8 checkpoint.
 
-RL is slime's own loop on a Ray cluster of this machine: it needs SLIME_PATH (a checkout of v0.3) and
-MEGATRON_FP8_SLIME_PYTHON (see tests/ray_cluster.py). The evaluation needs MEGATRON_FP8_EVALSCOPE and
-MEGATRON_FP8_SERVER_PYTHON (see tests/evaluation). Ten minutes of two busy cores, and 6 GB.
+Three tests, in the page's order. RL is slime's own loop on a Ray cluster of this machine: it needs SLIME_PATH
+(a checkout of v0.3) and MEGATRON_FP8_SLIME_PYTHON (see tests/ray_cluster.py). The evaluation of its result
+needs MEGATRON_FP8_EVALSCOPE and MEGATRON_FP8_SERVER_PYTHON as well (see tests/evaluation). All of it: ten
+minutes of two busy cores, and 6 GB.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("megatron-fp8 ")
 ]
+FIRST_RL = next(number for number, line in enumerate(COMMANDS) if "-rl-" in line)
 ALL = "tensor-model-parallel-size=1 lr=1e-5 min-lr=1e-6 save-interval=1000".split()
 # What makes each stage small; everything else is the page's, and so the preset's.
 SMALL = {
@@ -69,13 +71,8 @@ QUESTIONS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with everything that the page takes for granted, but the Ray cluster."""
-    ray_cluster.python()
-    slime = next((tree for tree in trees.found() if checkout.read(tree, "").per_step_batch), None)
-    if slime is None:
-        pytest.skip("needs a checkout of slime v0.3 in SLIME_PATH")
+    """A folder with everything that the page takes for granted, but slime and the Ray cluster."""
     folder = tmp_path_factory.mktemp("pipeline")
-    (folder / "slime").symlink_to(slime)
     from pydoc_data import topics
 
     with (folder / "corpus.jsonl").open("w") as file:
@@ -112,9 +109,7 @@ def place(tmp_path_factory) -> Path:
         str(ROOT / "tests" / "evaluation"),
         str(text.tokenizer_file()),
     ]
-    done = subprocess.run(
-        words, cwd=folder, capture_output=True, text=True, env=environment(folder)
-    )
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     shutil.rmtree(folder / "released")
     yield folder
@@ -127,6 +122,11 @@ def cluster(place) -> Iterator[tuple[str, int]]:
 
     slime gets an accelerator called `cpu` in the nodes' environment (tests/slime/rl_loop/on_cpu).
     """
+    ray_cluster.python()
+    slime = next((tree for tree in trees.found() if checkout.read(tree, "").per_step_batch), None)
+    if slime is None:
+        pytest.skip("needs a checkout of slime v0.3 in SLIME_PATH")
+    (place / "slime").symlink_to(slime)
     port = free_port()
     path = os.pathsep.join(map(str, (LOOP / "rl_loop" / "on_cpu", ROOT, LOOP)))
     node = {"PYTHONPATH": path, "SLIME_ACCELERATOR": "cpu", "SLIME_HOST_IP": "127.0.0.1"}
@@ -140,15 +140,8 @@ def serving(place: Path, port: int) -> Iterator[None]:
     script = Path(__file__).with_name("text_server.py")
     env = ray_cluster.environment(PYTHONPATH=os.pathsep.join((str(ROOT), str(LOOP))))
     with (place / "server.log").open("ab") as log:
-        words = [
-            ray_cluster.python(),
-            "-W",
-            "ignore",
-            str(script),
-            "exp/sft-fp8",
-            "--port",
-            str(port),
-        ]
+        words = [ray_cluster.python(), "-W", "ignore", str(script), "exp/sft-fp8"]
+        words += ["--port", str(port)]
         server = subprocess.Popen(words, cwd=place, env=env, stdout=log, stderr=log)
     try:
         end = time.monotonic() + 120
@@ -163,11 +156,12 @@ def serving(place: Path, port: int) -> Iterator[None]:
         server.wait()
 
 
-def environment(folder: Path) -> dict[str, str]:
-    return {**ray_cluster.environment(), "HF_HUB_OFFLINE": "1"}
+def environment() -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("NVTE_", "MEGATRON_FP8_EXT"))}
+    return {**clean, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
-def smaller(words: list[str], cluster: tuple[str, int]) -> list[str]:
+def smaller(words: list[str], cluster: tuple[str, int] | None) -> list[str]:
     """The page's command, at the size of a test."""
     if words[:2] == ["data", "pack"]:
         words[words.index("--seq-length") + 1] = "256"
@@ -177,6 +171,7 @@ def smaller(words: list[str], cluster: tuple[str, int]) -> list[str]:
         words += [*settings, "--nodes", "1", "--gpus", "1"]
         if stage != "rl":  # checkpoints of the weights alone: 0.4 GB instead of 2.7
             return [*words, "--", "--no-save-optim", "--no-save-rng"]
+        assert cluster is not None
         dashboard, port = cluster
         words[words.index("--ray-address") + 1] = dashboard
         words += ["--", *ON_THE_CPU.format(port=port, limit=LIMIT).split()]
@@ -187,75 +182,84 @@ def smaller(words: list[str], cluster: tuple[str, int]) -> list[str]:
     return words
 
 
-def walk(place: Path, line: str, cluster: tuple[str, int]) -> str:
+def walk(place: Path, line: str, cluster: tuple[str, int] | None = None) -> str:
     name, *words = shlex.split(line)
     assert name == "megatron-fp8"
     argv = [sys.executable, "-W", "ignore", "-m", "megatron_fp8_ext.cli", *smaller(words, cluster)]
-    beside = serving(place, cluster[1]) if "-rl-" in line else contextlib.nullcontext()
+    beside, env = contextlib.nullcontext(), environment()
+    if cluster is not None and "-rl-" in line:  # `ray` is the one of slime's Python
+        beside, env = serving(place, cluster[1]), ray_cluster.environment()
+    start = time.monotonic()
     with beside:
         done = subprocess.run(
-            argv,
-            cwd=place,
-            capture_output=True,
-            text=True,
-            env=environment(place),
-            errors="replace",
+            argv, cwd=place, capture_output=True, text=True, errors="replace", env=env
         )
+    print(f"{time.monotonic() - start:4.0f} s  {line}", flush=True)
     assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done.stdout
 
 
-def test_the_page_from_released_weights_to_fp8(place, cluster):
-    said = {}
-    for line in COMMANDS:
-        if " eval " not in line:
-            start = time.monotonic()
-            said[line] = walk(place, line, cluster)
-            print(f"{time.monotonic() - start:4.0f} s  {line}", flush=True)
-    assert len(list(_runs())) == 5
-    for line, name in _runs():
-        checkpoints = place / "exp" / name / "checkpoints"
-        record = json.loads((place / "exp" / name / "run.json").read_text())
-        assert record["save"] == f"exp/{name}/checkpoints" and checkpoints.is_dir(), line
-        if "-rl-" not in line:
-            assert "emulated casts on rank 0" in said[line], "trained in FP8"
-            assert re.search(r"iteration\s+2/", said[line])
+def test_released_weights_to_the_fp8_model_that_rl_serves(place):
+    said = {line: walk(place, line) for line in COMMANDS[:FIRST_RL]}
+    runs = [(line, name) for line, name in _runs() if "-rl-" not in line]
+    assert len(runs) == 3
+    for line, name in runs:
+        _recorded(place, name)
+        assert "emulated casts on rank 0" in said[line], "trained in FP8"
+        assert re.search(r"iteration\s+2/", said[line])
+    released, sft = _weights(place / "MODEL"), _weights(place / "exp" / "sft")
+    assert sft.shape == released.shape and not sft.equal(released), "it has learnt something"
+
+
+def test_two_stages_of_rl_to_fp8(place, cluster):
+    if not (place / "exp" / "sft-fp8").is_dir():
+        pytest.skip("needs the test above")
+    before = _trained(place, "InfiR2_SFT_FP8_7B_stage2")
+    for line in COMMANDS[FIRST_RL:]:
+        if " eval " in line:
             continue
-        log = said[line]
+        log = walk(place, line, cluster)
+        if "-rl-" not in line:
+            continue
+        name = dict(_runs())[line]
+        _recorded(place, name)
         assert "doctor --every-node" in log and re.search(r"^ok   .*1 GPU", log, re.MULTILINE), log
         assert "slime actor: recipe infir2-rl" in log and "EMULATED" in log
-        # slime's own lines: what was rolled out, the step, and its time.
-        assert re.search(r"rollout 0: \{'rollout/", log) and re.search(
-            r"step 0: \{'train/loss", log
-        )
-        assert float(re.search(r"'train/grad_norm': ([\d.e+-]+)", log)[1]) > 0
+        # slime's own lines of the rollout and of the step.
+        assert re.search(r"rollout 0: \{'rollout/", log), log[-3000:]
+        norm = re.search(r"step 0: \{'train/loss.*'train/grad_norm': ([\d.e+-]+)", log)
+        assert norm is not None and float(norm[1]) > 0
         # The server computed with the weights that were pushed, in training's own scale format.
-        difference = re.search(
+        apart = re.search(
             r"rollout 0: train/rollout KL \S+, log-probability difference mean (\S+)", log
         )
-        assert difference is not None and float(difference[1]) < LIMIT
-    released, sft, final = (_weights(place / where) for where in ("MODEL", "exp/sft", "exp/final"))
-    assert final.shape == released.shape
-    assert not sft.equal(released), "CPT and SFT changed it"
-    assert not final.equal(sft), "RL changed it"
-    first, second = (_trained(place, name) for line, name in _runs() if "-rl-" in line)
-    start = _trained(place, "InfiR2_SFT_FP8_7B_stage2")
-    assert not first.equal(start) and not second.equal(first), "each stage of RL changed it"
+        assert apart is not None and float(apart[1]) < LIMIT
+        after = _trained(place, name)
+        assert after.shape == before.shape and not after.equal(before), f"{name} changed nothing"
+        before = after
+    sft, final = _weights(place / "exp" / "sft"), _weights(place / "exp" / "final")
+    assert not final.equal(sft), "RL's weights, not SFT's"
     config = json.loads((place / "exp" / "final-fp8" / "config.json").read_text())
     assert config["quantization_config"]["weight_block_size"] == [128, 128]
 
 
-def test_the_fp8_model_is_evaluated(place, cluster):
+def test_the_fp8_model_is_evaluated(place):
     if not (place / "exp" / "final-fp8").is_dir():
         pytest.skip("needs the test above")
     for name in ("MEGATRON_FP8_EVALSCOPE", "MEGATRON_FP8_SERVER_PYTHON"):
         if name not in os.environ:
             pytest.skip(f"needs {name} (tests/evaluation/test_end_to_end.py)")
     (line,) = [line for line in COMMANDS if " eval " in line]
-    walk(place, line, cluster)
+    walk(place, line)
     found = json.loads((place / "runs" / "eval" / "final-fp8" / "results.json").read_text())
     score = found["benchmarks"]["aime24"]
     assert (score["questions"], score["samples"]) == (2, 2) and 0 <= score["average"] <= 100
+
+
+def _recorded(place: Path, name: str) -> None:
+    """The run's record says where its checkpoints are, for the next stage."""
+    record = json.loads((place / "exp" / name / "run.json").read_text())
+    assert record["save"] == f"exp/{name}/checkpoints" and (place / record["save"]).is_dir()
 
 
 def _runs() -> list[tuple[str, str]]:
