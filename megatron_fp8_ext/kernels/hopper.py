@@ -1,6 +1,6 @@
-"""The casts of whole 128x128 tiles in CUDA C++ (`hopper.cu`), for Hopper.
+"""Casts, SwiGLU and RMSNorm in CUDA C++ for Hopper (`hopper_tiles.cu`, `hopper_norm.cu`).
 
-`cast`, `swiglu` and `rmsnorm` come here by themselves when `takes` says yes: BF16, no partial tile. The rest
+`cast`, `swiglu` and `rmsnorm` come here by themselves when `takes` says yes: BF16, no partial block. The rest
 stays with Triton, and all of it with `MEGATRON_FP8_EXT_KERNELS=triton` in the environment. Codes and scales
 are the same bits; SwiGLU's result may differ from Triton's by one BF16 rounding.
 """
@@ -11,7 +11,7 @@ import ctypes
 import functools
 import os
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,19 +28,30 @@ THREADS = 256
 # Programs on a multiprocessor that the compiler must leave registers for (80 of them at 3).
 PROGRAMS = 3
 SOURCES = ("plain", "swiglu", "swiglu backward", "swiglu backward with y", "rmsnorm")
-_POINTERS = (
-    "x", "dy", "gain", "rstd", "row_codes", "row_scales", "column_codes", "column_scales",
-    "y_codes", "y_scales", "kept", "stash_codes", "stash_scales",
-)  # fmt: skip
-_NUMBERS = ("rows", "columns", "row_stride", "column_stride", "y_stride")
+# A row of RMSNorm is in the registers of one warp (forward), or eight columns in a thread's (backward).
+MAX_HIDDEN = 8192
+_TILES, _NORM = "hopper_tiles.cu", "hopper_norm.cu"
+_ENTRY = {_TILES: "cast_tiles", _NORM: "rmsnorm_rows"}
+Macros = tuple[tuple[str, int], ...]
 
 
-class Arguments(ctypes.Structure):
-    """`struct Arguments` of hopper.cu."""
+def _struct(name: str, pointers: str, integers: str, floats: str = "") -> type[ctypes.Structure]:
+    """`struct Arguments` of a source file, its members in order."""
+    fields: list[Any] = [(field, ctypes.c_void_p) for field in pointers.split()]
+    fields += [(field, ctypes.c_int) for field in integers.split()]
+    fields += [(field, ctypes.c_float) for field in floats.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
 
-    _fields_ = [(name, ctypes.c_void_p) for name in _POINTERS] + [
-        (name, ctypes.c_int) for name in _NUMBERS
-    ]
+
+_TileArguments = _struct(
+    "TileArguments",
+    "x dy gain rstd row_codes row_scales column_codes column_scales y_codes y_scales kept "
+    "stash_codes stash_scales",
+    "rows columns row_stride column_stride y_stride",
+)
+_NormArguments = _struct(
+    "NormArguments", "x dy gain rstd row_codes row_scales kept dx dweight", "rows row_stride", "eps"
+)
 
 
 def takes(x: Tensor, *multiples: int) -> bool:
@@ -63,47 +74,76 @@ def reason(device: int) -> str | None:
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
         return "not a Hopper GPU"
     try:
-        kernel(device, "plain", True, False, True, False, False)
+        _kernel(device, _TILES, tile_macros("plain", True, False, True, False, False))
     except (nvrtc.CudaError, OSError, AttributeError) as error:
         return str(error)
     return None
 
 
-def options(
+def tile_macros(
     source: str, rows: bool, columns: bool, power_of_two: bool, keep: bool, stash: bool
-) -> tuple[str, list[str]]:
-    """The text of hopper.cu and the options that make one kernel of it."""
-    text = resources.files("megatron_fp8_ext.kernels").joinpath("hopper.cu").read_text("utf-8")
-    macros = {
-        "SOURCE": SOURCES.index(source),
-        "ROWS": int(rows),
-        "COLUMNS": int(columns),
-        "POWER_OF_TWO": int(power_of_two),
-        "KEEP": int(keep),
-        "STASH": int(stash),
-        "BLOCKS": PROGRAMS,
-    }
-    return text, [
-        "--gpu-architecture=sm_90a",
-        "--std=c++17",
-        *(f"-D{name}={value}" for name, value in macros.items()),
-    ]
+) -> Macros:
+    """The macros of hopper_tiles.cu."""
+    return (
+        ("SOURCE", SOURCES.index(source)),
+        ("ROWS", int(rows)),
+        ("COLUMNS", int(columns)),
+        ("POWER_OF_TWO", int(power_of_two)),
+        ("KEEP", int(keep)),
+        ("STASH", int(stash)),
+        ("BLOCKS", PROGRAMS),
+    )
+
+
+def norm_macros(hidden: int, backward: bool, power_of_two: bool, keep: bool) -> Macros:
+    """The macros of hopper_norm.cu."""
+    return (
+        ("COLUMNS", hidden),
+        ("BACKWARD", int(backward)),
+        ("POWER_OF_TWO", int(power_of_two)),
+        ("KEEP", int(keep)),
+    )
+
+
+def compile_kernel(file: str, macros: Macros) -> bytes:
+    """Return the cubin of one kernel; needs no GPU."""
+    folder = resources.files("megatron_fp8_ext.kernels")
+    text = "".join(folder.joinpath(name).read_text("utf-8") for name in ("hopper.cuh", file))
+    options = ["--gpu-architecture=sm_90a", "--std=c++17"]
+    return nvrtc.compile_source(
+        text, file, [*options, *(f"-D{name}={value}" for name, value in macros)]
+    )
 
 
 @functools.cache
-def kernel(
-    device: int,
-    source: str,
-    rows: bool,
-    columns: bool,
-    power_of_two: bool,
-    keep: bool,
-    stash: bool,
-) -> nvrtc.Kernel:
+def _kernel(device: int, file: str, macros: Macros) -> nvrtc.Kernel:
     """Compile and load one kernel, once a process."""
-    text, given = options(source, rows, columns, power_of_two, keep, stash)
     with torch.cuda.device(device):
-        return nvrtc.Kernel(nvrtc.compile_source(text, "hopper.cu", given), "cast_tiles")
+        return nvrtc.Kernel(compile_kernel(file, macros), _ENTRY[file])
+
+
+@functools.cache
+def _tile_kernel(
+    device: int, source: str, rows: bool, columns: bool, power_of_two: bool, keep: bool, stash: bool
+) -> nvrtc.Kernel:
+    return _kernel(device, _TILES, tile_macros(source, rows, columns, power_of_two, keep, stash))
+
+
+@functools.cache
+def _norm_kernel(
+    device: int, hidden: int, backward: bool, power_of_two: bool, keep: bool
+) -> nvrtc.Kernel:
+    return _kernel(device, _NORM, norm_macros(hidden, backward, power_of_two, keep))
+
+
+def _launch(
+    found: nvrtc.Kernel, device: int, grid: tuple[int, int], threads: int, made: ctypes.Structure
+) -> None:
+    if device == torch.cuda.current_device():
+        found(grid, threads, made)
+    else:
+        with torch.cuda.device(device):
+            found(grid, threads, made)
 
 
 def run(
@@ -136,7 +176,7 @@ def run(
         stash: where SwiGLU's input goes in 8 bits, or for its backward comes from instead of `x`.
     """
     rows, columns = size
-    made = Arguments(rows=rows, columns=columns, x=x.data_ptr())
+    made: Any = _TileArguments(rows=rows, columns=columns, x=x.data_ptr())
     if out.rows is not None:
         made.row_codes, made.row_scales = out.rows.codes.data_ptr(), out.rows.scale_inv.data_ptr()
         made.row_stride = out.rows.scale_inv.stride(0)
@@ -157,7 +197,7 @@ def run(
         made.stash_codes, made.stash_scales = stash.codes.data_ptr(), stash.scales.data_ptr()
     results = 3 if y is not None else 2 if dy is not None else 1
     device = x.device.index
-    found = kernel(
+    found = _tile_kernel(
         device,
         source,
         out.rows is not None,
@@ -166,9 +206,58 @@ def run(
         kept is not None,
         stash is not None,
     )
-    grid = (results * (columns // BLOCK), rows // BLOCK)
-    if device == torch.cuda.current_device():
-        found(grid, THREADS, made)
-    else:
-        with torch.cuda.device(device):
-            found(grid, THREADS, made)
+    _launch(found, device, (results * (columns // BLOCK), rows // BLOCK), THREADS, made)
+
+
+def takes_norm(x: Tensor, gain: Tensor) -> bool:
+    """Whether the CUDA kernels serve RMSNorm of these rows."""
+    return (
+        x.dtype is torch.bfloat16
+        and gain.dtype is torch.bfloat16
+        and x.shape[0] > 0
+        and x.shape[1] % BLOCK == 0
+        and x.shape[1] <= MAX_HIDDEN
+        and x.is_cuda
+        and reason(x.device.index) is None
+    )
+
+
+def norm_rows(
+    x: Tensor,
+    gain: Tensor,
+    eps: float,
+    rstd: Tensor,
+    out: BlockCast,
+    power_of_two: bool,
+    kept: Tensor | None = None,
+) -> None:
+    """RMSNorm's forward: rstd and the row-wise cast of the result (`rmsnorm.rmsnorm_cast`)."""
+    rows, hidden = x.shape
+    assert out.rows is not None
+    made: Any = _NormArguments(rows=rows, eps=eps, x=x.data_ptr(), gain=gain.data_ptr())
+    made.rstd, made.row_codes = rstd.data_ptr(), out.rows.codes.data_ptr()
+    made.row_scales, made.row_stride = out.rows.scale_inv.data_ptr(), out.rows.scale_inv.stride(0)
+    if kept is not None:
+        made.kept = kept.data_ptr()
+    device = x.device.index
+    found = _norm_kernel(device, hidden, False, power_of_two, kept is not None)
+    _launch(found, device, (-(-rows // 8), 1), THREADS, made)
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, dx: Tensor, programs: int
+) -> Tensor:
+    """RMSNorm's backward into `dx`; returns the weight's gradient of each program, FP32."""
+    rows, hidden = x.shape
+    dweight = torch.empty((programs, hidden), dtype=torch.float32, device=x.device)
+    made: Any = _NormArguments(rows=rows, x=x.data_ptr(), dy=dy.data_ptr(), gain=gain.data_ptr())
+    made.rstd, made.dx, made.dweight = rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr()
+    device = x.device.index
+    found = _norm_kernel(device, hidden, True, True, False)
+    _launch(found, device, (programs, 1), norm_threads(hidden), made)
+    return dweight
+
+
+def norm_threads(hidden: int) -> int:
+    """Threads of a program of RMSNorm's backward: one for eight columns, in whole warps."""
+    return -(-hidden // (8 * 32)) * 32

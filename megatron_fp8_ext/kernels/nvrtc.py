@@ -7,11 +7,14 @@ microseconds of Python, a fraction of what a Triton launch takes.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 class CudaError(RuntimeError):
@@ -85,8 +88,12 @@ class Kernel:
     """A kernel that takes one struct, loaded on the current device."""
 
     def __init__(self, cubin: bytes, name: str) -> None:
-        torch.cuda.current_stream()  # the device's context exists and is current
         self._driver = ctypes.CDLL("libcuda.so.1")
+        self._context = ctypes.c_void_p()
+        device = torch.cuda.current_device()
+        self._check(self._driver.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), device))
+        # In a thread that never called CUDA's runtime, such as autograd's, none is current yet.
+        self._check(self._driver.cuCtxSetCurrent(self._context))
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         self._cubin = cubin
         self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), cubin))
@@ -109,7 +116,8 @@ class Kernel:
         """Launch on torch's current stream of the current device."""
         stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         struct: Any = ctypes.c_void_p(ctypes.addressof(arguments))
-        code = self._launch(
+        launch = functools.partial(
+            self._launch,
             self._function,
             grid[0],
             grid[1],
@@ -122,5 +130,8 @@ class Kernel:
             ctypes.byref(struct),
             None,
         )
-        if code:
-            self._check(code)
+        code = launch()
+        if code == _NO_CONTEXT:
+            self._check(self._driver.cuCtxSetCurrent(self._context))
+            code = launch()
+        self._check(code)

@@ -9,6 +9,7 @@ as late as the backward, which reads x anyway: then no copy of y is kept for wgr
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -196,6 +197,13 @@ def rmsnorm_cast(
     out = cast.allocate(m, h, x.device, (rows, False))
     rstd = torch.empty(m, dtype=torch.float32, device=x.device)
     kept = torch.empty((m, h), dtype=torch.bfloat16, device=x.device) if keep else None
+    if rows and hopper.takes_norm(x, weight):
+        pow2 = scale_format == "power_of_two"
+        hopper.norm_rows(x, weight, eps, rstd, out, pow2, kept)
+        if columns:
+            late = rmsnorm_columns(x, weight, rstd, scale_format)
+            out = out._replace(columns=late.columns)
+        return Normed(out, rstd, kept)
     codes, scales, _, _, stride, _ = cast.pointers(out, x)
     _rows_kernel[(m,)](
         x, weight, eps, rstd, codes, scales, x if kept is None else kept, h, stride,
@@ -270,6 +278,11 @@ def rmsnorm_backward_cast(
             raise ValueError(f"RMSNorm's {name} must be [{m}, {h}], got {tuple(tensor.shape)}")
     out = cast.allocate(m, h, x.device, (rows, False))
     dx = torch.empty((m, h), dtype=torch.bfloat16, device=x.device)
+    if residual is None and not rows and not columns and hopper.takes_norm(x, weight):
+        # As many programs as its registers leave room for on the GPU.
+        room = _processors(x.device) * max(1, 1024 // hopper.norm_threads(h))
+        partial = hopper.norm_backward(dy, x, weight, rstd, dx, min(m, room))
+        return NormGradients(dx, partial.sum(dim=0), out)
     warps = max(1, min(16, width // 256))
     programs = max(1, min(m, _processors(x.device) * (_BACKWARD_WARPS_PER_SM // warps)))
     dweight = torch.empty((programs, h), dtype=torch.float32, device=x.device)
@@ -290,6 +303,7 @@ def rmsnorm_backward_cast(
     return NormGradients(dx, dweight.sum(dim=0), out)
 
 
+@functools.cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1

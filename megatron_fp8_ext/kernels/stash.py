@@ -1,8 +1,8 @@
 """What a fused MLP keeps of fc1's output instead of BF16: INT8 in blocks of 32 along a row, half the bytes.
 
 E4M3 would keep 31 dB of it, whatever the blocks, for its mantissa has three bits; what is made of it is cast
-to E4M3 once more. INT8 in blocks this short keeps 45 dB of Gaussian values, 41 of heavy tails, and 38 where every
-97th column is 50 times the others.
+to E4M3 once more. INT8 in blocks this short keeps 45 dB of Gaussian values, 41 of heavy tails, and 38 where
+every 97th column is 50 times the others.
 
     codes   [M, K] int8
     scales  [K/128, M, 4] BF16   (of a row's 128 columns, four blocks)

@@ -364,7 +364,10 @@ def _emulation_flags(argv: list[str], facts: Facts) -> tuple[list[str], list[str
         )
     if arguments.has(argv, "--transformer-impl"):
         return argv, []
-    return argv, ["--transformer-impl", "local", "--no-persist-layer-norm"]
+    # The fused softmax of Megatron's attention is a module of apex.
+    return argv, [
+        "--no-masked-softmax-fusion", "--transformer-impl", "local", "--no-persist-layer-norm"
+    ]  # fmt: skip
 
 
 def for_cpu(argv: Sequence[str], options: frozenset[str]) -> tuple[list[str], str]:

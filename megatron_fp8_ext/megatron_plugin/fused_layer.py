@@ -96,6 +96,33 @@ def attention(module: ModuleType) -> None:
     cls.forward = forward
 
 
+def residual_add(module: ModuleType) -> None:
+    """Patch `get_bias_dropout_add` of `megatron.core.fusions.fused_bias_dropout`.
+
+    Without a bias and without dropout what is left is one sum, the same bits; compiled by torch it costs the
+    host more than the GPU, forward and backward.
+    """
+    native = module.get_bias_dropout_add
+
+    @functools.wraps(native)
+    def get_bias_dropout_add(training: bool, fused: bool) -> Any:
+        chosen = native(training, fused)
+        if not (run.current.fused and fused):
+            return chosen
+
+        def add(x_with_bias: Any, residual: Any, prob: float) -> Any:
+            x, bias = x_with_bias
+            plain = bias is None and x.dtype == residual.dtype and (prob == 0.0 or not training)
+            # Megatron's writes into its input where nothing is trained.
+            return (
+                residual + x if plain and x.requires_grad else chosen(x_with_bias, residual, prob)
+            )
+
+        return add
+
+    module.get_bias_dropout_add = get_bias_dropout_add  # type: ignore[attr-defined]
+
+
 def _fused(module: Any, kind: str, x: Any) -> bool:
     """Whether this call goes through the fused function."""
     if not run.current.fused:

@@ -45,11 +45,18 @@ def machine_gap() -> str | None:
     return None
 
 
-def fp8_enabled() -> bool:
-    """Whether TransformerEngine computes in FP8 here; asked only where `machine_gap` is None."""
+@functools.cache
+def _state() -> tuple[Any, Any]:
+    """TransformerEngine's state of FP8 and of its debug tools."""
+    from transformer_engine.debug.pytorch.debug_state import TEDebugState
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    return bool(FP8GlobalStateManager.is_fp8_enabled())
+    return FP8GlobalStateManager, TEDebugState
+
+
+def fp8_enabled() -> bool:
+    """Whether TransformerEngine computes in FP8 here; asked only where `machine_gap` is None."""
+    return bool(_state()[0].is_fp8_enabled())
 
 
 def why_not(module: Any, kind: str) -> str | None:
@@ -151,22 +158,21 @@ def _why_not_mlp(module: Any) -> str | None:
 
 def not_this_time(module: Any, kind: str, x: Any) -> str | None:
     """Say why this call goes to TransformerEngine, in a clause; None if it need not."""
-    from transformer_engine.debug.pytorch.debug_state import TEDebugState
-    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
-
-    recipe = FP8GlobalStateManager.get_fp8_recipe()
-    reason = _first(
-        {
-            "another FP8 recipe": not recipe.float8_block_scaling(),
-            "a backward in other precision": getattr(recipe, "backward_override", None) is not None,
-            "calibration": FP8GlobalStateManager.is_fp8_calibration(),
-            "a graph is captured": FP8GlobalStateManager.fp8_graph_capturing(),
-            "TransformerEngine's debug tools": TEDebugState.debug_enabled,
-            "autocast": torch.is_autocast_enabled(),
-        }
-    )
-    if reason is not None:
-        return reason
+    manager, debug = _state()
+    recipe = manager.get_fp8_recipe()
+    # One after the other: this runs for every layer of every forward.
+    if not recipe.float8_block_scaling():
+        return "another FP8 recipe"
+    if getattr(recipe, "backward_override", None) is not None:
+        return "a backward in other precision"
+    if manager.is_fp8_calibration():
+        return "calibration"
+    if manager.fp8_graph_capturing():
+        return "a graph is captured"
+    if debug.debug_enabled:
+        return "TransformerEngine's debug tools"
+    if torch.is_autocast_enabled():
+        return "autocast"
     linear = module.linear_fc1 if kind == "MLP" else module
     return tokens_do_not_fit(x, linear, kind) or (
         watched(module.linear_fc1, module.linear_fc2) if kind == "MLP" else None

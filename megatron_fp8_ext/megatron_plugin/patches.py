@@ -248,6 +248,15 @@ PATCHES: tuple[Patch, ...] = (
         apply=_fused("attention"),
     ),
     Patch(
+        module="megatron.core.fusions.fused_bias_dropout",
+        symbol="get_bias_dropout_add",
+        reason="one sum where there is neither bias nor dropout; compiled, it keeps the host busy",
+        versions="0.17-0.19",
+        delete_when="Megatron does not compile a single sum",
+        when="fused",
+        apply=_fused("residual_add"),
+    ),
+    Patch(
         module="megatron.training.training",
         symbol="train_step",
         reason="says after the first step which layers are fused",

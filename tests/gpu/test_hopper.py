@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -9,6 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
 from kernel_cases import FORMATS, assert_same_cast, edge_cases, ulps_apart  # noqa: E402
+from test_kernel_fusions import same_stash  # noqa: E402
 
 from megatron_fp8_ext.fp8 import reference  # noqa: E402
 from megatron_fp8_ext.kernels import hopper, rmsnorm, stash, swiglu  # noqa: E402
@@ -21,6 +24,22 @@ WAYS = ((True, True), (True, False), (False, True))
 def test_they_are_used():
     assert hopper.reason(0) is None
     assert hopper.takes(torch.zeros(128, 128, device="cuda", dtype=torch.bfloat16), 128, 128)
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["loaded before", "compiled there"])
+def test_a_thread_without_a_context(new):
+    """One that never called CUDA's runtime, as autograd's may be, compiles and launches all the same."""
+    x = torch.randn(256, 256, device="cuda", dtype=torch.bfloat16)
+    want = cast_1x128(x, "power_of_two")
+    del want
+    want = cast_1x128(x, "power_of_two")  # blocks of these sizes are in the allocator's cache
+    torch.cuda.synchronize()
+    if new:
+        for cache in (hopper._tile_kernel, hopper._kernel):
+            cache.cache_clear()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        got = thread.submit(cast_1x128, x, "power_of_two").result()
+    same(got, want)
 
 
 def same(ours, theirs):
@@ -119,13 +138,9 @@ def test_stash(m, f):
     plain = swiglu.swiglu_cast(x, "power_of_two", columns=False, keep=True)
     assert torch.equal(made.kept.view(torch.int16), plain.kept.view(torch.int16))
     same(made.cast, plain.cast)
-    want = stash.quantize(x)
-    assert torch.equal(made.stash.scales.view(torch.int16), want.scales.view(torch.int16))
-    # A product that lies between two integers may be rounded once here and twice in torch.
-    apart = (made.stash.codes.int() - want.codes.int()).abs()
-    assert apart.max() <= 1 and apart.float().mean() < 1e-4
+    same_stash(made.stash, stash.quantize(x))
     triton = swiglu.swiglu_cast(x, "power_of_two", columns=False, stash=True, warps=8).stash
-    assert (made.stash.codes.int() - triton.codes.int()).abs().max() <= 1
+    same_stash(made.stash, triton)
     # The backward from the stash is the backward from what the stash stands for, in FP32.
     dy = torch.randn(m, f, device="cuda", dtype=torch.bfloat16) * 1e-3
     ours = swiglu.swiglu_backward_cast(dy, made.stash, "power_of_two", keep=True, y_columns=True)
@@ -140,3 +155,49 @@ def test_stash(m, f):
     theirs = swiglu.swiglu_backward_cast(dy, made.stash, "power_of_two", y_columns=True, warps=16)
     codes = ours.y.columns.codes, theirs.y.columns.codes
     assert (codes[0] != codes[1]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("m, h", [(1, 128), (37, 896), (1000, 1536), (4096, 3584), (130, 8192)])
+def test_rmsnorm_rows(m, h, scale_format):
+    torch.manual_seed(0)
+    x = torch.randn(m, h, device="cuda", dtype=torch.bfloat16) * 3
+    gain = torch.randn(h, device="cuda", dtype=torch.bfloat16)
+    got = rmsnorm.rmsnorm_cast(x, gain, 1e-6, scale_format, columns=False, keep=True)
+    exact = torch.nn.functional.rms_norm(x.double(), (h,), gain.double(), 1e-6)
+    assert ulps_apart(got.kept, exact.float()) <= 1
+    rstd = (x.double().square().mean(dim=1) + 1e-6).rsqrt()
+    torch.testing.assert_close(got.rstd.double(), rstd, rtol=1e-6, atol=0)
+    want = reference.quantize_rows(got.kept, scale_format)
+    assert_same_cast(got.cast.quantized(), want)
+    quiet = rmsnorm.rmsnorm_cast(x, gain, 1e-6, scale_format, columns=False)
+    same(quiet.cast, got.cast)
+
+
+@pytest.mark.parametrize("m, h", [(1, 128), (37, 896), (5000, 1536), (4096, 3584), (130, 8192)])
+def test_rmsnorm_backward(m, h):
+    torch.manual_seed(0)
+    x = torch.randn(m, h, device="cuda", dtype=torch.bfloat16) * 3
+    dy = torch.randn(m, h, device="cuda", dtype=torch.bfloat16) * 1e-3
+    gain = torch.randn(h, device="cuda", dtype=torch.bfloat16)
+    rstd = rmsnorm.rmsnorm_cast(x, gain, 1e-6, "power_of_two", columns=False).rstd
+
+    def backward():
+        return rmsnorm.rmsnorm_backward_cast(
+            dy, x, gain, rstd, "power_of_two", rows=False, columns=False
+        )
+
+    got, again = backward(), backward()
+    assert torch.equal(got.dx, again.dx) and torch.equal(got.dweight, again.dweight)
+    xd, gd = x.double().requires_grad_(), gain.double().requires_grad_()
+    y = torch.nn.functional.rms_norm(xd, (h,), gd, 1e-6)
+    dx, dgain = torch.autograd.grad(y, (xd, gd), dy.double())
+    # Where the two terms cancel, FP32's rounding of them shows.
+    near = (got.dx.double() - dx).abs() <= 2.0**-8 * dx.abs() + 1e-6 * dy.double().abs().max()
+    assert near.all()
+    torch.testing.assert_close(got.dweight.double(), dgain, rtol=1e-4, atol=1e-5)
+    # NaN stays in its row, and reaches the weight.
+    dy[0, 3] = float("nan")
+    spoiled = backward()
+    assert spoiled.dx[0].isnan().all() and not spoiled.dx[1:].isnan().any()
+    assert spoiled.dweight.isnan().sum() == 1

@@ -73,8 +73,11 @@ def test_cuda_kernels_compile_for_hopper(power_of_two):
         pytest.skip(str(error))
     for source in hopper.SOURCES:
         stash = power_of_two and "swiglu" in source
-        text, options = hopper.options(source, True, True, power_of_two, True, stash)
-        cubin = nvrtc.compile_source(text, "hopper.cu", options)
-        assert cubin[:4] == b"\x7fELF"
-    with pytest.raises(nvrtc.CudaError, match=r"hopper.cu.*error"):
-        nvrtc.compile_source(text + "}", "hopper.cu", options)
+        macros = hopper.tile_macros(source, True, True, power_of_two, True, stash)
+        assert hopper.compile_kernel("hopper_tiles.cu", macros)[:4] == b"\x7fELF"
+    for hidden in (896, 1536, hopper.MAX_HIDDEN):
+        for backward in (False, True):
+            macros = hopper.norm_macros(hidden, backward, power_of_two, not backward)
+            assert hopper.compile_kernel("hopper_norm.cu", macros)[:4] == b"\x7fELF"
+    with pytest.raises(nvrtc.CudaError, match=r"hopper_norm.cu.*error"):
+        hopper.compile_kernel("hopper_norm.cu", (*macros, ("low", 1)))

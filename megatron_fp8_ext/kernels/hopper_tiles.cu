@@ -5,12 +5,8 @@
 // directions are made of registers: 8 bytes of a row are 8 columns, 8 bytes of a column are 8 rows. Column-wise
 // codes go through shared memory once, whose 8-byte slots are permuted so that no two threads of a half warp meet.
 //
-// Macros from hopper.py: SOURCE (what makes the tile), ROWS, COLUMNS, POWER_OF_TWO, KEEP (store the tile too),
+// After hopper.cuh. Macros from hopper.py: SOURCE (what makes the tile), ROWS, COLUMNS, POWER_OF_TWO, KEEP (store the tile too),
 // STASH (SwiGLU's input in 8 bits, stash.py: its forward writes that, its backward reads it).
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
 
 #define PLAIN 0
 #define SWIGLU 1
@@ -45,52 +41,6 @@ struct Place {
     first_column = (lane & 15) * 8;
   }
 };
-
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-
-__device__ __forceinline__ u32 round_pair(float first, float second) {
-  u32 pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  return pair;
-}
-
-// The larger of each half; a NaN loses.
-__device__ __forceinline__ u32 larger(u32 a, u32 b) {
-  u32 out;
-  asm("max.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-  return out;
-}
-
-__device__ __forceinline__ u32 magnitude(u32 pair) { return pair & 0x7FFF7FFFu; }
-
-__device__ __forceinline__ u32 encode(float a, float b, float c, float d) {
-  u16 first, second;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(first) : "f"(b), "f"(a));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(second) : "f"(d), "f"(c));
-  return first | ((u32)second << 16);
-}
-
-__device__ __forceinline__ float reciprocal(float x) {
-  float out;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
-}
-
-// `scale_of` of cast.py; `amax` as the bits of an FP32 number, a NaN counts as zero.
-__device__ __forceinline__ void scale_of(u32 amax, float &scale, float &inverse) {
-#if POWER_OF_TWO
-  int exponent = (amax + 0x1FFFFFu) >> 23;
-  int biased = min(262 - exponent, 254);
-  scale = __uint_as_float((u32)biased << 23);
-  inverse = __uint_as_float(biased == 254 ? 0x00400000u : (u32)(254 - biased) << 23);
-#else
-  scale = __fdiv_rn(448.0f, __uint_as_float(amax));
-  if (scale == __uint_as_float(0x7F800000u)) scale = __uint_as_float(0x7F7F0000u);  // BF16's largest
-  inverse = __fdiv_rn(1.0f, scale);
-#endif
-  if (amax == 0 || amax >= 0x7F800000u) scale = inverse = 1.0f;
-}
 
 __device__ __forceinline__ void keep(const Tile &tile, const Place &at, u16 *kept, int columns) {
 #if KEEP
