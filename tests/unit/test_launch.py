@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 from dev_tools import tool
 
 from megatron_fp8_ext import presets
@@ -407,6 +407,15 @@ def test_options_of_another_launcher_are_not_dropped_in_silence():
     assert ray.notes[-1] == "--rdzv-endpoint is for --launcher torchrun, and left out here"
     megatron = planned("qwen2.5-7b-cpt", ray_address="http://h:1")
     assert megatron.notes[-1] == "--ray-address is for --launcher ray, and left out here"
+
+
+def test_a_ray_cluster_that_does_not_answer_is_named(tmp_path):
+    address = f"http://127.0.0.1:{free_port()}"
+    inputs = {"output": str(tmp_path / "out")}
+    found = planned("qwen2.5-7b-rl-stage1", slime="S", ray_address=address, inputs=inputs)
+    with pytest.raises(UserError, match=f"--ray-address {address}: no Ray dashboard answers"):
+        start.start(found, render.launch(found))
+    assert not (tmp_path / "out").exists(), "nothing was written"
 
 
 def test_a_failed_preflight_starts_nothing(tmp_path, capfd, monkeypatch):
