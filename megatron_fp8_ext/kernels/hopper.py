@@ -1,4 +1,4 @@
-"""Casts, SwiGLU and RMSNorm in CUDA C++ for Hopper (`hopper_tiles.cu`, `hopper_norm.cu`).
+"""Casts, SwiGLU, RMSNorm and RoPE in CUDA C++ for Hopper (`hopper_tiles.cu`, `_norm.cu`, `_rope.cu`).
 
 `cast`, `swiglu` and `rmsnorm` come here by themselves when `takes` says yes: BF16, no partial block. The rest
 stays with Triton, and all of it with `MEGATRON_FP8_EXT_KERNELS=triton` in the environment. Codes and scales
@@ -30,8 +30,8 @@ PROGRAMS = 3
 SOURCES = ("plain", "swiglu", "swiglu backward", "swiglu backward with y", "rmsnorm")
 # A row of RMSNorm is in the registers of one warp (forward), or eight columns in a thread's (backward).
 MAX_HIDDEN = 8192
-_TILES, _NORM = "hopper_tiles.cu", "hopper_norm.cu"
-_ENTRY = {_TILES: "cast_tiles", _NORM: "rmsnorm_rows"}
+_TILES, _NORM, _ROPE = "hopper_tiles.cu", "hopper_norm.cu", "hopper_rope.cu"
+_ENTRY = {_TILES: "cast_tiles", _NORM: "rmsnorm_rows", _ROPE: "rotate_qkv"}
 Macros = tuple[tuple[str, int], ...]
 
 
@@ -52,6 +52,9 @@ _TileArguments = _struct(
 _NormArguments = _struct(
     "NormArguments", "x dy gain rstd row_codes row_scales kept dx dweight", "rows row_stride", "eps"
 )
+
+
+_RopeArguments = _struct("RopeArguments", "qkv q k v cosine sine", "groups queries batch")
 
 
 def takes(x: Tensor, *multiples: int) -> bool:
@@ -103,6 +106,11 @@ def norm_macros(hidden: int, backward: bool, power_of_two: bool, keep: bool) -> 
         ("POWER_OF_TWO", int(power_of_two)),
         ("KEEP", int(keep)),
     )
+
+
+def rope_macros(head: int, backward: bool) -> Macros:
+    """The macros of hopper_rope.cu."""
+    return (("HEAD", head), ("BACKWARD", int(backward)), ("POWER_OF_TWO", 1))
 
 
 def compile_kernel(file: str, macros: Macros) -> bytes:
@@ -261,3 +269,28 @@ def norm_backward(
 def norm_threads(hidden: int) -> int:
     """Threads of a program of RMSNorm's backward: one for eight columns, in whole warps."""
     return -(-hidden // (8 * 32)) * 32
+
+
+@functools.cache
+def _rope_kernel(device: int, head: int, backward: bool) -> nvrtc.Kernel:
+    return _kernel(device, _ROPE, rope_macros(head, backward))
+
+
+def rotate_qkv(
+    qkv: Tensor,
+    parts: tuple[Tensor, ...],
+    cosine: Tensor,
+    sine: Tensor,
+    groups: int,
+    queries: int,
+    backward: bool,
+) -> None:
+    """Out of `qkv` into rotated `parts` (q, k, v), or back (`rope.split_and_rotate`)."""
+    s, b = qkv.shape[:2]
+    head = 2 * cosine.shape[1]
+    made: Any = _RopeArguments(groups=groups, queries=queries, batch=b, qkv=qkv.data_ptr())
+    made.q, made.k, made.v = (part.data_ptr() for part in parts)
+    made.cosine, made.sine = cosine.data_ptr(), sine.data_ptr()
+    device = qkv.device.index
+    threads = min(256, -(-groups * (queries + 2) * head // (16 * 32)) * 32)
+    _launch(_rope_kernel(device, head, backward), device, (s * b, 1), threads, made)

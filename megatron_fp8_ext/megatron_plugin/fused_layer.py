@@ -7,8 +7,8 @@ where `why_not` finds no reason against it; a module with a reason keeps Transfo
     TELayerNormColumnParallelLinear  norm-QKV (and fc1, where its MLP is not fused)
     TERowParallelLinear              the attention's projection
     MLP                              norm, fc1, SwiGLU and fc2 in one function
-    SelfAttention                    QKV is split and rotated in one pass (TransformerEngine's own, which no
-                                     flag of Megatron reaches)
+    SelfAttention                    QKV is split and rotated in one pass (Megatron can, no flag of it reaches
+                                     that), by our kernel where it fits
 """
 
 from __future__ import annotations
@@ -73,8 +73,23 @@ def mlp(module: ModuleType) -> None:
 
 def attention(module: ModuleType) -> None:
     """Patch `SelfAttention` of `megatron.core.transformer.attention`."""
+    if not hasattr(module, "apply_fused_qkv_rotary_pos_emb"):
+        return  # Megatron without TransformerEngine
     cls = module.SelfAttention
-    native = cls.forward
+    native, native_rotate = cls.forward, module.apply_fused_qkv_rotary_pos_emb
+
+    @functools.wraps(native_rotate)
+    def rotate(
+        qkv: Any, q_angles: Any, k_angles: Any, split: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if run.current.fused and not args and not kwargs and q_angles is k_angles:
+            from megatron_fp8_ext.kernels import rope
+
+            if rope.takes(qkv, q_angles, split):
+                return rope.split_and_rotate(qkv, q_angles)
+        return native_rotate(qkv, q_angles, k_angles, split, *args, **kwargs)
+
+    module.apply_fused_qkv_rotary_pos_emb = rotate  # type: ignore[attr-defined]
 
     @functools.wraps(native)
     def forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from kernel_cases import FORMATS, assert_same_cast, edge_cases, ulps_apart  # no
 from test_kernel_fusions import same_stash  # noqa: E402
 
 from megatron_fp8_ext.fp8 import reference  # noqa: E402
-from megatron_fp8_ext.kernels import hopper, rmsnorm, stash, swiglu  # noqa: E402
+from megatron_fp8_ext.kernels import hopper, rmsnorm, rope, stash, swiglu  # noqa: E402
 from megatron_fp8_ext.kernels.cast import cast_1x128  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -201,3 +201,47 @@ def test_rmsnorm_backward(m, h):
     spoiled = backward()
     assert spoiled.dx[0].isnan().all() and not spoiled.dx[1:].isnan().any()
     assert spoiled.dweight.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("head", rope.HEADS)
+@pytest.mark.parametrize("s, b, groups, queries", [(5, 1, 1, 1), (384, 2, 2, 6), (130, 3, 4, 7)])
+def test_qkv_split_and_rotated(s, b, groups, queries, head):
+    torch.manual_seed(0)
+    qkv = torch.randn(s, b, groups, (queries + 2) * head, device="cuda", dtype=torch.bfloat16)
+    qkv.requires_grad_()
+    frequencies = 1e6 ** (-torch.arange(0, head, 2, device="cuda") / head)
+    angles = torch.outer(torch.arange(s, device="cuda").float(), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)[:, None, None]
+    split = [queries * head, head, head]
+    assert rope.takes(qkv, angles, split)
+    got = rope.split_and_rotate(qkv, angles)
+    exact = qkv.detach().double().requires_grad_()
+    parts = [p.reshape(s, b, -1, head) for p in exact.split(split, dim=-1)]
+    cosine, sine = angles.cos().double(), angles.sin().double()
+
+    def turn(x):
+        first, second = x.chunk(2, dim=-1)
+        return x * cosine + torch.cat((-second, first), dim=-1) * sine
+
+    want = [turn(parts[0]), turn(parts[1]), parts[2]]
+    grads = [torch.randn_like(part) for part in got]
+    for ours, theirs in zip(got, want, strict=True):
+        # Where the two terms cancel, FP32's rounding of them shows.
+        assert ((ours.double() - theirs).abs() <= 2.0**-8 * theirs.abs() + 1e-6).all()
+    assert torch.equal(got[2].flatten(), parts[2].to(torch.bfloat16).flatten())
+    torch.autograd.backward(got, grads)
+    torch.autograd.backward(want, [grad.double() for grad in grads])
+    near = 2.0**-8 * exact.grad.abs() + 1e-6
+    assert ((qkv.grad.double() - exact.grad).abs() <= near).all()
+    te = pytest.importorskip("transformer_engine.pytorch.attention.rope")
+    for ours, theirs in zip(
+        got, te.apply_fused_qkv_rotary_pos_emb(qkv, angles, angles, split), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-6)
+
+
+def test_other_rotations_are_left_alone():
+    qkv = torch.zeros(4, 1, 1, 384, device="cuda", dtype=torch.bfloat16)
+    interleaved = torch.rand(4, 1, 1, 128, device="cuda")
+    assert not rope.takes(qkv, interleaved, [128, 128, 128])
+    assert not rope.takes(qkv, torch.rand(4, 1, 1, 64, device="cuda"), [128, 128, 128])

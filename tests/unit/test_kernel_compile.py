@@ -79,5 +79,7 @@ def test_cuda_kernels_compile_for_hopper(power_of_two):
         for backward in (False, True):
             macros = hopper.norm_macros(hidden, backward, power_of_two, not backward)
             assert hopper.compile_kernel("hopper_norm.cu", macros)[:4] == b"\x7fELF"
+        rope = hopper.rope_macros(128, bool(power_of_two))
+        assert hopper.compile_kernel("hopper_rope.cu", rope)[:4] == b"\x7fELF"
     with pytest.raises(nvrtc.CudaError, match=r"hopper_norm.cu.*error"):
         hopper.compile_kernel("hopper_norm.cu", (*macros, ("low", 1)))
