@@ -53,18 +53,20 @@ def list_(
         kind = plurals.get(kind, kind)
         if kind not in kinds:
             raise unknown_name("kind", kind, kinds)
-    table = Table("kind", Column("name", no_wrap=True), "what it is", box=None)
+    first = [] if kind else ["kind"]
+    table = Table(*first, Column("name", no_wrap=True), "what it is", box=None)
     for each in [kind] if kind else kinds:
+        first = [] if kind else [each]
         if each == "preset":
             for name in presets.names():
-                table.add_row(each, name, presets.get(name).summary)
+                table.add_row(*first, name, presets.get(name).summary)
             continue
         for provider in registry.providers(each):
             found = provider.load()
             what = getattr(found, "summary", None) or (found.__doc__ or "").split("\n")[0]
             ours = provider.distribution == "megatron-fp8-ext"
             table.add_row(
-                each, provider.name, what if ours else f"{what} ({provider.distribution})"
+                *first, provider.name, what if ours else f"{what} ({provider.distribution})"
             )
     _out.print(table)
 
