@@ -27,11 +27,12 @@ def examine(model: Path | None, engine_gpus: int, tp: int) -> list[Row]:
         engine_gpus: `--rollout-num-gpus-per-engine`; 0 where no engine runs here (SFT, or engines elsewhere).
         tp: tensor parallel size of training.
     """
-    rows = [_slime(), *_packages(serves=engine_gpus > 0), *dashboards(_command_lines())]
+    rows = [_slime(), *_packages(), *dashboards(_command_lines())]
     rows += _tried("torch loading", lambda: preflight.refuse_unsafe_loading(os.environ), "safe")
     if model is not None:
         rows += _model(model, engine_gpus, tp)
-    return rows
+    # SGLang's Python package is enough for slime itself.
+    return [row for row in rows if engine_gpus or row[1] != "sgl_kernel"]
 
 
 def _tried(what: str, check: object, good: str) -> list[Row]:
@@ -52,7 +53,7 @@ def _slime() -> Row:
     return ("ok", "slime", f"{found.root}, {line}", "")
 
 
-def _packages(serves: bool) -> list[Row]:
+def _packages() -> list[Row]:
     rows: list[Row] = []
     for name, use in (("ray", "slime runs on it"), ("sglang", "serves the rollouts")):
         version = compat.distribution_version(name)
@@ -60,7 +61,7 @@ def _packages(serves: bool) -> list[Row]:
             rows.append(("fail", name, f"not installed ({use})", f"pip install {name}"))
         else:
             rows.append(("ok", name, version, ""))
-    if serves and importlib.util.find_spec("sglang") and not importlib.util.find_spec("sgl_kernel"):
+    if importlib.util.find_spec("sglang") and not importlib.util.find_spec("sgl_kernel"):
         rows.append(
             ("fail", "sgl_kernel", "not installed: SGLang cannot serve", "pip install sglang")
         )
