@@ -18,6 +18,7 @@ from megatron_fp8_ext.launch import ray_nodes
 
 # A slime that trains nothing, but says that it was started.
 TRAIN = "def train(args): open('started', 'w').close()\n"
+V03 = "step_global_batch_size = None\n"  # what `checkout` knows v0.3 by
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def place(tmp_path_factory) -> Path:
     init = folder / "slime" / "slime" / "__init__.py"
     for file, text in (
         (init, ""),
-        (loss, ""),
+        (loss, V03),
         (arguments, ""),
         (folder / "slime" / "train.py", TRAIN),
     ):
