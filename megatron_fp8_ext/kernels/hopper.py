@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 VARIABLE = "MEGATRON_FP8_EXT_KERNELS"
 THREADS = 256
-# Programs on a multiprocessor that the compiler must leave registers for (80 of them at 3).
-PROGRAMS = 3
+# Programs on a multiprocessor that the compiler must leave registers for (80 of them at 3); SwiGLU's backward
+# has room for two, with the three tiles that it reads in shared memory.
+PROGRAMS, BACKWARD_PROGRAMS = 3, 2
 SOURCES = ("plain", "swiglu", "swiglu backward", "swiglu backward with y", "rmsnorm")
 # A row of RMSNorm is in the registers of one warp (forward), or eight columns in a thread's (backward).
 MAX_HIDDEN = 8192
@@ -94,8 +95,15 @@ def tile_macros(
         ("POWER_OF_TWO", int(power_of_two)),
         ("KEEP", int(keep)),
         ("STASH", int(stash)),
-        ("BLOCKS", PROGRAMS),
+        ("BLOCKS", BACKWARD_PROGRAMS if "backward" in source else PROGRAMS),
     )
+
+
+def tile_shared(source: str, stash: bool) -> int:
+    """Bytes of dynamic shared memory: dy, gate and up of a tile for SwiGLU's backward."""
+    if "backward" not in source:
+        return 0
+    return BLOCK * BLOCK * (2 + 2 * (1 if stash else 2))
 
 
 def norm_macros(hidden: int, backward: bool, power_of_two: bool, keep: bool) -> Macros:
@@ -124,17 +132,18 @@ def compile_kernel(file: str, macros: Macros) -> bytes:
 
 
 @functools.cache
-def _kernel(device: int, file: str, macros: Macros) -> nvrtc.Kernel:
+def _kernel(device: int, file: str, macros: Macros, shared: int = 0) -> nvrtc.Kernel:
     """Compile and load one kernel, once a process."""
     with torch.cuda.device(device):
-        return nvrtc.Kernel(compile_kernel(file, macros), _ENTRY[file])
+        return nvrtc.Kernel(compile_kernel(file, macros), _ENTRY[file], shared)
 
 
 @functools.cache
 def _tile_kernel(
     device: int, source: str, rows: bool, columns: bool, power_of_two: bool, keep: bool, stash: bool
 ) -> nvrtc.Kernel:
-    return _kernel(device, _TILES, tile_macros(source, rows, columns, power_of_two, keep, stash))
+    macros = tile_macros(source, rows, columns, power_of_two, keep, stash)
+    return _kernel(device, _TILES, macros, tile_shared(source, stash))
 
 
 @functools.cache
@@ -203,7 +212,6 @@ def run(
         made.kept = kept.data_ptr()
     if stash is not None:
         made.stash_codes, made.stash_scales = stash.codes.data_ptr(), stash.scales.data_ptr()
-    results = 3 if y is not None else 2 if dy is not None else 1
     device = x.device.index
     found = _tile_kernel(
         device,
@@ -214,7 +222,7 @@ def run(
         kept is not None,
         stash is not None,
     )
-    _launch(found, device, (results * (columns // BLOCK), rows // BLOCK), THREADS, made)
+    _launch(found, device, (columns // BLOCK, rows // BLOCK), THREADS, made)
 
 
 def takes_norm(x: Tensor, gain: Tensor) -> bool:

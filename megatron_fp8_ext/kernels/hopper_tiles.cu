@@ -87,9 +87,12 @@ __device__ __forceinline__ void store_rows(const Tile &tile, const Place &at, u8
 
 __device__ __forceinline__ void store_columns(const Tile &tile, const Place &at, u8 *codes, float *scales, int rows,
                                               int stride) {
-  __shared__ uint4 amaxes[8][16];        // [warp][8 columns]
   __shared__ float column_scale[128];
-  __shared__ uint4 transposed[128][8];   // [column][16 rows]
+  __shared__ uint4 transposed[128][8];              // [column][16 rows]
+  uint4(*amaxes)[16] = (uint4(*)[16])transposed;    // [warp][8 columns], before that
+#if SOURCE == SWIGLU_BACKWARD || SOURCE == SWIGLU_BACKWARD_Y
+  __syncthreads();  // the result before this one is out of it
+#endif
   u32 amax[4];
 #pragma unroll
   for (int p = 0; p < 4; p++) {
@@ -193,12 +196,10 @@ __device__ __forceinline__ void keep_in_8_bits(const uint4 &x, const Place &at, 
   if ((at.lane & 3) == 0) a.stash_scales[stash_block(at, i, half, a)] = (u16)bits;
 }
 
-__device__ __forceinline__ void out_of_8_bits(float value[8], const Place &at, int i, int half, const Arguments &a) {
-  const uint2 codes = __ldg((const uint2 *)(a.stash_codes + stash_eight(at, i, half, a)));
-  const float scale = low(__ldg(a.stash_scales + stash_block(at, i, half, a)));
+// Eight columns out of their codes and the scale of their block: 2^23 + 128 + code as FP32, without a conversion.
+__device__ __forceinline__ void out_of_8_bits(float value[8], const uint2 &codes, float scale) {
 #pragma unroll
   for (int j = 0; j < 8; j++) {
-    // 2^23 + 128 + code as FP32, without a conversion.
     const u32 biased = (j < 4 ? codes.x : codes.y) ^ 0x80808080u;
     value[j] = (__uint_as_float(__byte_perm(biased, 0x4B000000u, 0x7540 | (j & 3))) - 8388736.0f) * scale;
   }
@@ -212,28 +213,87 @@ __device__ __forceinline__ void unpack(float value[8], const uint4 &x) {
   for (int p = 0; p < 4; p++) value[2 * p] = low(OF(x, p)), value[2 * p + 1] = high(OF(x, p));
 }
 
-// SwiGLU's result (2), the gradient of its gate (0) or of its up (1).
-template <int RESULT>
+#if SOURCE == SWIGLU
 __device__ __forceinline__ void activation(Tile &tile, const Place &at, const Arguments &a) {
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    float gate[8], up[8], dy[8], out[8];
-#if STASH && SOURCE != SWIGLU
-    out_of_8_bits(gate, at, i, 0, a);
-    if (RESULT != 1) out_of_8_bits(up, at, i, 1, a);
-#else
-    const uint4 packed_gate = eight(a.x, at, i, 2 * a.columns);
+    float gate[8], up[8];
+    const uint4 packed_gate = eight(a.x, at, i, 2 * a.columns), packed_up = eight(a.x + a.columns, at, i, 2 * a.columns);
     unpack(gate, packed_gate);
-    if (RESULT != 1) {
-      const uint4 packed_up = eight(a.x + a.columns, at, i, 2 * a.columns);
-      unpack(up, packed_up);
+    unpack(up, packed_up);
 #if STASH
-      keep_in_8_bits(packed_gate, at, i, 0, a);
-      keep_in_8_bits(packed_up, at, i, 1, a);
+    keep_in_8_bits(packed_gate, at, i, 0, a);
+    keep_in_8_bits(packed_up, at, i, 1, a);
+#endif
+#pragma unroll
+    for (int p = 0; p < 4; p++)
+      tile.pair[i][p] = round_pair(product(gate[2 * p], up[2 * p]), product(gate[2 * p + 1], up[2 * p + 1]));
+  }
+}
+#elif SOURCE == SWIGLU_BACKWARD || SOURCE == SWIGLU_BACKWARD_Y
+// A thread's rows of what the backward reads, once, in shared memory that no other thread touches: registers for
+// one result at a time are what lets two programs on a multiprocessor hide each other's waiting.
+#if STASH
+typedef uint2 Packed;
+#else
+typedef uint4 Packed;
+#endif
+extern __shared__ uint4 staged[];  // dy, gate, up: [8][256] each
+
+struct Inputs {
+#if STASH
+  u32 scales[8];  // of gate, low, and of up
+#endif
+  __device__ __forceinline__ uint4 *dy(int i) const { return staged + i * 256 + threadIdx.x; }
+  __device__ __forceinline__ Packed *half(int i, int which) const {
+    return (Packed *)(staged + 2048) + (which * 8 + i) * 256 + threadIdx.x;
+  }
+
+  __device__ __forceinline__ Inputs(const Place &at, const Arguments &a) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const size_t row = (size_t)at.tile_m * 128 + at.first_row + i;
+      const size_t column = at.tile_k * 128 + at.first_column;
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(dy(i))),
+                   "l"(a.dy + row * a.columns + column)
+                   : "memory");
+#pragma unroll
+      for (int which = 0; which < 2; which++) {
+        const u32 to = __cvta_generic_to_shared(half(i, which));
+#if STASH
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to),
+                     "l"(a.stash_codes + stash_eight(at, i, which, a))
+                     : "memory");
+#else
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to),
+                     "l"(a.x + row * 2 * a.columns + which * a.columns + column)
+                     : "memory");
+#endif
+      }
+#if STASH
+      scales[i] = __ldg(a.stash_scales + stash_block(at, i, 0, a)) |
+                  ((u32)__ldg(a.stash_scales + stash_block(at, i, 1, a)) << 16);
 #endif
     }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+  }
+};
+
+// SwiGLU's result (2), the gradient of its gate (0) or of its up (1).
+template <int RESULT>
+__device__ __forceinline__ void activation(Tile &tile, const Inputs &in) {
+  asm volatile("" ::: "memory");  // or the compiler keeps 64 exponentials for the next result, and spills them
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    float gate[8], up[8], dy[8], out[8];
+#if STASH
+    out_of_8_bits(gate, *in.half(i, 0), low(in.scales[i]));
+    if (RESULT != 1) out_of_8_bits(up, *in.half(i, 1), high(in.scales[i]));
+#else
+    unpack(gate, *in.half(i, 0));
+    if (RESULT != 1) unpack(up, *in.half(i, 1));
 #endif
-    if (RESULT != 2) unpack(dy, eight(a.dy, at, i, a.columns));
+    if (RESULT != 2) unpack(dy, *in.dy(i));
 #pragma unroll
     for (int j = 0; j < 8; j++)
       out[j] = RESULT == 2   ? product(gate[j], up[j])
@@ -243,6 +303,7 @@ __device__ __forceinline__ void activation(Tile &tile, const Place &at, const Ar
     for (int p = 0; p < 4; p++) tile.pair[i][p] = round_pair(out[2 * p], out[2 * p + 1]);
   }
 }
+#endif
 
 __device__ __forceinline__ void store(const Tile &tile, const Place &at, const Arguments &a, int columns) {
   keep(tile, at, a.kept, columns);
@@ -267,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) cast_tiles(const Argum
   store(tile, at, a, a.columns);
 #elif SOURCE == SWIGLU
   const Place at(blockIdx.y, blockIdx.x);
-  activation<2>(tile, at, a);
+  activation(tile, at, a);
   store(tile, at, a, a.columns);
 #elif SOURCE == RMSNORM
   const Place at(blockIdx.y, blockIdx.x);
@@ -282,23 +343,17 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) cast_tiles(const Argum
   }
   store(tile, at, a, a.columns);
 #else
-  // A program for each result of a tile: its neighbours read the same bytes at the same time, from L2.
-  const int results = SOURCE == SWIGLU_BACKWARD_Y ? 3 : 2, result = blockIdx.x % results;
-  const Place at(blockIdx.y, blockIdx.x / results);
-  if (result == 2) {
+  const Place at(blockIdx.y, blockIdx.x);
+  const Inputs in(at, a);
 #if SOURCE == SWIGLU_BACKWARD_Y
-    activation<2>(tile, at, a);
-    store_columns(tile, at, a.y_codes, a.y_scales, a.rows, a.y_stride);
+  activation<2>(tile, in);
+  store_columns(tile, at, a.y_codes, a.y_scales, a.rows, a.y_stride);
 #endif
-    return;
-  }
   Place to = at;
-  if (result == 0) {
-    activation<0>(tile, at, a);
-  } else {
-    activation<1>(tile, at, a);
-    to.tile_k += a.columns / 128;
-  }
+  activation<0>(tile, in);
+  store(tile, to, a, 2 * a.columns);
+  activation<1>(tile, in);
+  to.tile_k += a.columns / 128;
   store(tile, to, a, 2 * a.columns);
 #endif
 }

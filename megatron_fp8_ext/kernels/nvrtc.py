@@ -87,7 +87,8 @@ def compile_source(source: str, name: str, options: list[str]) -> bytes:
 class Kernel:
     """A kernel that takes one struct, loaded on the current device."""
 
-    def __init__(self, cubin: bytes, name: str) -> None:
+    def __init__(self, cubin: bytes, name: str, shared: int = 0) -> None:
+        """Load it; `shared` bytes of dynamic shared memory go with each launch."""
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._context = ctypes.c_void_p()
         device = torch.cuda.current_device()
@@ -102,6 +103,11 @@ class Kernel:
                 ctypes.byref(self._function), self._module, name.encode()
             )
         )
+        self._shared = shared
+        if shared:
+            # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, _PREFERRED_SHARED_MEMORY_CARVEOUT (percent)
+            for attribute, value in ((8, shared), (9, 100)):
+                self._check(self._driver.cuFuncSetAttribute(self._function, attribute, value))
         self._launch = self._driver.cuLaunchKernel
         unsigned, pointer = ctypes.c_uint, ctypes.c_void_p
         self._launch.argtypes = [pointer, *[unsigned] * 7, pointer, pointer, pointer]
@@ -125,7 +131,7 @@ class Kernel:
             threads,
             1,
             1,
-            0,
+            self._shared,
             stream,
             ctypes.byref(struct),
             None,

@@ -32,8 +32,10 @@ _counts: Counter[tuple[str, str]] = Counter()
 
 def te_linears(module: ModuleType) -> None:
     """Patch the two linear layers of `megatron.core.extensions.transformer_engine`."""
-    if not hasattr(module, "TELayerNormColumnParallelLinear"):
-        return  # Megatron without TransformerEngine
+    # Without TransformerEngine, as in the driver of a Ray job, the classes stand on mocks.
+    there = getattr(module, "HAVE_TE", True)
+    if not there or not hasattr(module, "TELayerNormColumnParallelLinear"):
+        return
     column, linear = module.TELayerNormColumnParallelLinear, module.TELinear
     native_column, native_linear = column.forward, linear.forward
 

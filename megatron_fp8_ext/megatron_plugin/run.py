@@ -60,10 +60,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def say(message: str) -> None:
-    """Print one line on rank 0."""
-    if rank() == 0:
-        print(f"megatron_fp8_ext: {message}", flush=True)
+def say(message: str, here: bool | None = None) -> None:
+    """Print one line on rank 0, or where `here` is true: a figure that another rank alone has."""
+    if rank() == 0 if here is None else here:
+        who = f" [rank {rank()}]" if rank() else ""
+        print(f"megatron_fp8_ext{who}: {message}", flush=True)
 
 
 def stop(error: Exception) -> SystemExit:

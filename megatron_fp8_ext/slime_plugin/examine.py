@@ -13,7 +13,7 @@ from typing import Literal
 
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.megatron_plugin import compat
-from megatron_fp8_ext.slime_plugin import checkout, preflight, weights
+from megatron_fp8_ext.slime_plugin import checkout, preflight, sglang, weights
 
 Row = tuple[Literal["ok", "note", "fail"], str, str, str]
 OPEN = ("0.0.0.0", "::")
@@ -27,7 +27,10 @@ def examine(model: Path | None, engine_gpus: int, tp: int) -> list[Row]:
         engine_gpus: `--rollout-num-gpus-per-engine`; 0 where no engine runs here (SFT, or engines elsewhere).
         tp: tensor parallel size of training.
     """
-    rows = [_slime(), *_packages(), *dashboards(_command_lines())]
+    slime, found = _slime()
+    fits = sglang.of(found is None or found.per_step_batch)
+    rows = [slime, _ray(), engine(compat.distribution_version("sglang"), fits), *_packages(fits)]
+    rows += dashboards(_command_lines())
     rows += _tried("torch loading", lambda: preflight.refuse_unsafe_loading(os.environ), "safe")
     if model is not None:
         rows += _model(model, engine_gpus, tp)
@@ -44,27 +47,45 @@ def _tried(what: str, check: object, good: str) -> list[Row]:
     return [("note", what, found, "")] if found else [("ok", what, good, "")]
 
 
-def _slime() -> Row:
+def _slime() -> tuple[Row, checkout.Checkout | None]:
     try:
         found = checkout.find()
     except UserError as error:
-        return ("fail", "slime", str(error), "")
+        return ("fail", "slime", str(error), ""), None
     line = "today's line (v0.3)" if found.per_step_batch else "the reference's line (8359c9a)"
-    return ("ok", "slime", f"{found.root}, {line}", "")
+    return ("ok", "slime", f"{found.root}, {line}", ""), found
 
 
-def _packages() -> list[Row]:
+def _ray() -> Row:
+    version = compat.distribution_version("ray")
+    if version is None:
+        return ("fail", "ray", "not installed (slime runs on it)", "pip install ray")
+    return ("ok", "ray", version, "")
+
+
+def engine(version: str | None, fits: sglang.Versions) -> Row:
+    """Return a row about the installed SGLang.
+
+    Args:
+        version: of the distribution; None without it.
+        fits: the versions that the slime found here can use.
+    """
+    mend = f"pip install sglang=={fits.released_with}"
+    if version is None:
+        return ("fail", "sglang", "not installed (serves the rollouts)", mend)
+    problem = fits.problem(version)
+    if problem is not None:
+        return ("fail", "sglang", f"{version}: {problem}", mend)
+    same = version == fits.released_with
+    note = "" if same else f" (this slime was released with {fits.released_with})"
+    return ("ok", "sglang", f"{version}{note}", "")
+
+
+def _packages(fits: sglang.Versions) -> list[Row]:
     rows: list[Row] = []
-    for name, use in (("ray", "slime runs on it"), ("sglang", "serves the rollouts")):
-        version = compat.distribution_version(name)
-        if version is None:
-            rows.append(("fail", name, f"not installed ({use})", f"pip install {name}"))
-        else:
-            rows.append(("ok", name, version, ""))
     if importlib.util.find_spec("sglang") and not importlib.util.find_spec("sgl_kernel"):
-        rows.append(
-            ("fail", "sgl_kernel", "not installed: SGLang cannot serve", "pip install sglang")
-        )
+        mend = f"pip install sglang=={fits.released_with}"
+        rows.append(("fail", "sgl_kernel", "not installed: SGLang cannot serve", mend))
     numpy = compat.distribution_version("numpy") or "0"
     if not numpy.startswith("1."):
         mend = 'pip install "numpy<2" (slime asserts it)'

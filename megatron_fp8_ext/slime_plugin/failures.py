@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
+import http.client
+import shutil
 import signal
 import threading
 import time
@@ -20,19 +21,37 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.slime_plugin.resumption import advice, last_size
 
 # SGLang's own probe that generates a token: a server that hangs does not answer it.
 _PROBE = "/health_generate"
 _INTERVAL = 10.0
+# A write that failed, as torch's writers tell it: they lose the system's reason.
+_UNWRITTEN = ("CheckpointException", "inline_container.cc", "PytorchStreamWriter")
+# slime's actor methods that write; a CheckpointException may also come from a load.
+_WRITES = ("save_model()", "update_weights()")
+# The main thread waits inside ray.get, which a signal's KeyboardInterrupt ends. Not SIGINT: a script's
+# `python ... &` ignores that one.
+_WAKE = signal.SIGUSR2
 
 
-def answers(url: str, timeout: float) -> bool:
-    """Whether the rollout server at `url` generates a token within `timeout` seconds."""
+def ailment(url: str, timeout: float) -> str | None:
+    """Say what the rollout server at `url` does instead of generating a token; None if it generates.
+
+    Args:
+        url: of the server, without a path.
+        timeout: seconds that the token may take.
+    """
     try:
-        with urllib.request.urlopen(f"{url}{_PROBE}", timeout=timeout) as response:
-            return bool(response.status == 200)
-    except (OSError, urllib.error.URLError, ValueError):
-        return False
+        urllib.request.urlopen(f"{url}{_PROBE}", timeout=timeout).close()
+    except urllib.error.HTTPError as error:
+        return f"answers {error.code} {error.reason} and generates nothing"
+    except TimeoutError:  # it took the connection; one that takes none is a URLError
+        return "takes requests and generates nothing"
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return f"does not answer ({getattr(reason, 'strerror', None) or reason})"
+    return None
 
 
 class Watch:
@@ -46,7 +65,7 @@ class Watch:
         self,
         urls: Sequence[str],
         patience: float,
-        probe: Callable[[str, float], bool] = answers,
+        probe: Callable[[str, float], str | None] = ailment,
         interval: float = _INTERVAL,
     ) -> None:
         """Watch `urls`, each of which may be silent for `patience` seconds."""
@@ -54,20 +73,28 @@ class Watch:
         self.reason: str | None = None
         self._probe = probe
         self._stop = threading.Event()
+        self._firing = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
         heard = dict.fromkeys(self.urls, time.monotonic())
         while not self._stop.wait(self.interval):
             for url in self.urls:
-                if self._probe(url, self.patience):
+                found = self._probe(url, self.patience)
+                if found is None:
                     heard[url] = time.monotonic()
+                    continue
                 silent = time.monotonic() - heard[url]
-                if silent >= self.patience and not self._stop.is_set():
-                    self.reason = f"rollout server {url} has not generated for {silent:.0f} s"
-                    # The main thread waits inside ray.get, which a signal ends.
-                    os.kill(os.getpid(), signal.SIGINT)
+                if silent >= self.patience:
+                    self._interrupt(f"rollout server {url} {found}, no token for {silent:.0f} s")
                     return
+
+    def _interrupt(self, reason: str) -> None:
+        main = threading.main_thread().ident
+        with self._firing:
+            if main is not None and not self._stop.is_set():
+                self.reason = reason
+                signal.pthread_kill(main, _WAKE)
 
     def start(self) -> None:
         """Begin to ask."""
@@ -75,7 +102,8 @@ class Watch:
 
     def stop(self) -> None:
         """Never interrupt from now on."""
-        self._stop.set()
+        with self._firing:
+            self._stop.set()
 
 
 @contextlib.contextmanager
@@ -94,6 +122,7 @@ def watched(args: Any) -> Iterator[None]:
         yield
         return
     watch = Watch([a if "://" in a else f"http://{a}" for a in addresses], patience)
+    before = signal.signal(_WAKE, signal.default_int_handler)
     watch.start()
     try:
         yield
@@ -101,30 +130,19 @@ def watched(args: Any) -> Iterator[None]:
         if watch.reason is None:
             raise
         raise UserError(
-            f"{watch.reason}; see its log, start it again, then {resume(args)}"
+            f"{watch.reason}; see its log, start it again, then {advice(args)}"
         ) from None
     except Exception:
         # The server may have died and slime's retries ended before our patience did.
-        silent = [url for url in watch.urls if not answers(url, 5)]
-        if not silent:
+        ill = [(url, found) for url in watch.urls if (found := ailment(url, 5))]
+        if not ill:
             raise
         raise UserError(
-            f"rollout server {silent[0]} does not answer; see its log, start it again, then {resume(args)}"
+            f"rollout server {ill[0][0]} {ill[0][1]}; see its log, start it again, then {advice(args)}"
         ) from None
     finally:
         watch.stop()
-
-
-def resume(args: Any) -> str:
-    """Return what to do to go on, with the step that a second run starts from."""
-    folder = getattr(args, "save", None)
-    if not folder:
-        return "start the same command again (without --save it begins anew)"
-    tracker = Path(folder) / "latest_checkpointed_iteration.txt"
-    last = tracker.read_text().strip() if tracker.is_file() else None
-    if last is None:
-        return "start the same command again (no checkpoint is complete yet)"
-    return f"start the same command again with --load {folder}: it goes on after rollout {last}"
+        signal.signal(_WAKE, before)
 
 
 def explain(error: BaseException, args: Any) -> UserError | None:
@@ -140,24 +158,44 @@ def explain(error: BaseException, args: Any) -> UserError | None:
             return UserError(str(getattr(seen, "cause", None) or seen).strip().splitlines()[-1])
     for seen in chain:
         text = f"{type(seen).__name__}: {seen}"
-        if getattr(seen, "errno", None) == errno.ENOSPC or "No space left on device" in text:
-            folder = getattr(args, "save", None) or getattr(args, "update_weight_disk_dir", None)
-            return UserError(f"no space left for {folder}: make room, then {resume(args)}")
+        full = getattr(seen, "errno", None) == errno.ENOSPC or "No space left on device" in text
+        written = any(step in text for step in _WRITES)
+        if full or (written and any(sign in text for sign in _UNWRITTEN)):
+            return _unwritten(args, full)
     import ray
 
     for seen in chain:
         if isinstance(seen, ray.exceptions.OutOfMemoryError):
             return UserError(
-                f"Ray killed a worker because the node ran out of memory; {resume(args)}"
+                f"Ray killed a worker because the node ran out of memory; {advice(args)}"
             )
         if isinstance(seen, (ray.exceptions.ActorDiedError, ray.exceptions.WorkerCrashedError)):
             who = getattr(seen, "_actor_init_failed", None)
             what = "an actor could not start" if who else "an actor died in the middle of its work"
             return UserError(
                 f"{what} (killed, out of memory, or a crash of its process; Ray's log: "
-                f"/tmp/ray/session_latest/logs); {resume(args)}"
+                f"/tmp/ray/session_latest/logs); {advice(args)}"
             )
     return None
+
+
+def _unwritten(args: Any, full: bool) -> UserError:
+    """Return what to read when a checkpoint or a push was not written; `full` where the system said why."""
+    folder = Path(
+        getattr(args, "save", None) or getattr(args, "update_weight_disk_dir", None) or "."
+    )
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return UserError(f"{folder} cannot be written to ({error}); mend it, then {advice(args)}")
+    if full or free < last_size(args):
+        return UserError(
+            f"no space left for {folder}: make room ({free / 1e6:.1f} MB are free), then {advice(args)}"
+        )
+    return UserError(
+        f"a checkpoint could not be written to {folder} ({free / 1e6:.1f} MB are free; the log says what "
+        f"failed); mend it, then {advice(args)}"
+    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

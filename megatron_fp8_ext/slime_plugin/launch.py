@@ -17,7 +17,15 @@ from typing import Any
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.megatron_plugin import arguments, flags, import_hook, run
 from megatron_fp8_ext.recipe import FP8Recipe, get_recipe
-from megatron_fp8_ext.slime_plugin import checkout, failures, leftovers, preflight, sft, transport
+from megatron_fp8_ext.slime_plugin import (
+    checkout,
+    failures,
+    leftovers,
+    preflight,
+    resumption,
+    sft,
+    transport,
+)
 
 INIT = "megatron_fp8_ext.slime_plugin.init"
 
@@ -57,8 +65,9 @@ def _run(script: str, words: list[str], repository: Path | None) -> None:
     # The GPUs are the actors'; each of them checks its own in `init`.
     run.current.gpus_elsewhere = flags.EMULATE not in words
     import_hook.install()
+    mended = resumption.prepare(words)
     args, notes = parse(recipe)
-    for note in notes:
+    for note in (*mended, *notes):
         run.say(note)
     module = _load(slime.root / script)
     _start_ray(args, environment, slime.root)
@@ -158,4 +167,6 @@ def _start_ray(args: Any, environment: dict[str, Any], root: Path) -> None:
         # they would wait for each other for ever.
         cpus = max(os.cpu_count() or 1, gpus + 4)
         local = {"num_gpus": gpus, "num_cpus": cpus, "include_dashboard": False}
+        # A cluster that happens to run here has none of these GPUs: the run would wait for them.
+        local["address"] = "local"
     ray.init(runtime_env={"env_vars": variables}, **local)

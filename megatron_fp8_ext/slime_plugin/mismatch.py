@@ -190,8 +190,7 @@ class _DuringStep:
             sums = torch.zeros(4, dtype=torch.float64, device=device)
         found = from_totals(_over_ranks(sums))
         _say(found, rollout_id)
-        first = mpu.get_data_parallel_rank(with_context_parallel=True) == 0
-        if first and mpu.get_tensor_model_parallel_rank() == 0:
+        if _speaks():
             _track(self.args, found, rollout_id)
         check(found, rollout_id, _limit(self.args))
 
@@ -269,9 +268,21 @@ def _record(found: Mismatch, rollout_id: int, rollout_data: Any) -> None:
     _say(found, rollout_id)
 
 
+def _speaks() -> bool:
+    """Whether this rank is the first of those that share the figures: the last pipeline stage's ranks."""
+    import torch.distributed as dist
+    from megatron.core import mpu
+
+    if not dist.is_initialized():
+        return True
+    first = mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+    return first and mpu.get_tensor_model_parallel_rank() == 0
+
+
 def _say(found: Mismatch, rollout_id: int) -> None:
     run.say(
         f"rollout {rollout_id}: train/rollout KL {found.train_rollout_kl:.3e}, "
         "log-probability difference mean "
-        f"{found.train_rollout_logprob_abs_diff:.3e} max {found.train_rollout_logprob_max_diff:.3e}"
+        f"{found.train_rollout_logprob_abs_diff:.3e} max {found.train_rollout_logprob_max_diff:.3e}",
+        here=_speaks(),
     )

@@ -23,7 +23,7 @@ from megatron_fp8_ext.recipe import get_recipe
 from megatron_fp8_ext.slime_plugin import transport
 variables = transport.job_variables(get_recipe(sys.argv[1]), os.environ)
 transport.adopt_in_driver(variables)
-ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, runtime_env=transport.runtime_env(variables, os.environ))
+ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, runtime_env=transport.runtime_env(variables, os.environ))
 @ray.remote(num_gpus=1)
 class Actor:
     def look(self, args):

@@ -9,6 +9,8 @@ import sys
 import pytest
 import trees
 
+from megatron_fp8_ext.slime_plugin import checkout
+
 pytestmark = pytest.mark.slime
 
 
@@ -112,3 +114,51 @@ def test_the_difference_is_judged_before_the_optimizer_where_slime_reuses_log_pr
     assert done.returncode == 0, done.stderr[-3000:]
     assert "STEP 0" in done.stdout
     assert "STOPPED rollout 1: train and rollout log-probabilities differ by 0.5" in done.stdout
+
+
+PIPELINE = r"""
+import os, sys, tempfile
+store = tempfile.mktemp()
+child = os.fork()
+rank = 1 if child == 0 else 0
+os.environ["RANK"] = str(rank)
+from argparse import Namespace
+import torch, torch.distributed as dist
+from megatron.core import mpu
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+mpu.initialize_model_parallel(pipeline_model_parallel_size=2)
+from megatron_fp8_ext.slime_plugin import mismatch
+import slime.backends.megatron_utils.actor as actor, slime.backends.megatron_utils.model as model
+import slime.backends.megatron_utils.loss as loss
+place = getattr(actor, "train_metric_utils", actor)
+place.log_rollout_data = lambda rollout_id, args, rollout_data: None
+model.finalize_model_grads = lambda *a, **k: None
+args = Namespace(max_train_rollout_diff=None, use_wandb=False, use_tensorboard=False, wandb_always_use_train_step=False)
+mismatch.install(args)
+here = [torch.tensor([-1.0, -2.0])]
+batch = {"rollout_log_probs": [x + 0.05 for x in here], "loss_masks": [torch.ones(2)], "total_lengths": [4],
+         "response_lengths": [2]}
+last = mpu.is_pipeline_last_stage()
+assert last == (rank == 1)
+place.log_rollout_data(0, args, {**batch, "log_probs": here if last else None})
+if hasattr(loss, "_maybe_capture_log_probs"):  # v0.3: in the step, where the last stage has the logits
+    place.log_rollout_data(1, args, dict(batch))
+    if last:
+        loss._maybe_capture_log_probs(batch, here)
+    model.finalize_model_grads([], None)
+dist.barrier()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize("tree", trees.params())
+def test_the_last_pipeline_stage_prints_what_it_alone_has(tree):
+    done = trees.python(tree, PIPELINE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [x for x in done.stdout.splitlines() if "train/rollout KL" in x]
+    rollouts = (0, 1) if checkout.read(tree, "").per_step_batch else (0,)
+    assert len(lines) == len(rollouts)
+    for line, rollout in zip(lines, rollouts, strict=True):
+        assert line.startswith(f"megatron_fp8_ext [rank 1]: rollout {rollout}: train/rollout KL")
+        assert "mean 5.000e-02 max 5.000e-02" in line

@@ -71,7 +71,7 @@ def parse(tree, served, recipe, *extra):
         "prompt",
     ]
     words = [*MODEL, *layout, *where, *STAGES["1"].flags(), "--fp8-recipe", recipe, *extra]
-    return trees.python(tree, CODE, json.dumps(words), recipe)
+    return trees.python(tree, CODE, json.dumps(words), recipe, **trees.engine(tree))
 
 
 @pytest.mark.slime

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import trees
-from rl_loop import loop
+from rl_loop import faults, loop
 
+from megatron_fp8_ext.checkpoint import complete
 from megatron_fp8_ext.slime_plugin import checkout
 
 pytestmark = [pytest.mark.slime, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -27,8 +28,10 @@ NEEDED = (
     "sglang",
     "sglang_router",
     "torch_memory_saver",
+    "psutil",
 )
 LIMIT = 0.1
+SHORT = {"rollouts": 3, "eval_interval": 10, "save_interval": 1}
 
 
 def v03() -> Path:
@@ -102,16 +105,47 @@ def test_matched_scales_differ_less_than_mixed(slime, sft, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"), [("die", "does not answer"), ("hang", "has not generated")]
+    ("fault", "says"), [("die", "does not answer"), ("hang", "generates nothing")]
 )
 def test_a_lost_rollout_server_stops_the_loop_and_it_resumes(slime, sft, tmp_path, fault, says):
-    short = ("--rollout-patience", "20")
-    named = {"rollouts": 3, "eval_interval": 10, "save_interval": 1, "extra": short}
-    broken = run(slime, sft, tmp_path, fault=fault, after=150, **named)
+    short = {**SHORT, "extra": ("--rollout-patience", "20")}
+    stops(run(slime, sft, tmp_path, fault=fault, after=1, **short), tmp_path, says)
+    goes_on(run(slime, sft, tmp_path, **short))
+
+
+def test_a_train_actor_killed_inside_a_step_stops_the_loop_and_it_resumes(slime, sft, tmp_path):
+    hook = ("--custom-megatron-before-train-step-hook-path", "rl_loop.faults.kill_in_step")
+    broken = run(slime, sft, tmp_path, extra=hook, **SHORT)
+    assert (tmp_path / faults.MARK).exists()
+    stops(broken, tmp_path, "an actor died in the middle of its work")
+    goes_on(run(slime, sft, tmp_path, extra=hook, **SHORT))
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_stops_the_loop_and_it_resumes(slime, sft, tmp_path):
+    saved = tmp_path / "checkpoints"
+    with faults.disk(saved, 26 << 20) as disk:  # a checkpoint has 17 MB
+        if disk is None:
+            pytest.skip("needs a mount namespace (unshare --user --mount)")
+        settings = loop.Settings(sft=sft, **SHORT)
+        broken = loop.run(settings, tmp_path, slime, enter=disk.enter)
+        stops(broken, tmp_path, f"no space left for {saved}: make room")
+        assert complete.gap(complete.folder_of(disk.seen, 0)) is None
+        assert complete.gap(complete.folder_of(disk.seen, 1)) is not None
+        disk.grow(100 << 20)
+        goes_on(loop.run(settings, tmp_path, slime, enter=disk.enter))
+        assert complete.gap(complete.folder_of(disk.seen, 2)) is None
+
+
+def stops(broken: loop.Outcome, out: Path, says: str) -> None:
+    """After rollout 0 in one line that says how to go on, and nothing of it goes on running."""
     assert broken.code == 2, broken.log[-3000:]
     error = [x for x in broken.log.splitlines() if "error:" in x][-1]
+    print(error)
     assert says in error and "goes on after rollout 0" in error
-    again = run(slime, sft, tmp_path, **named)
+    assert not faults.left_running(out)
+
+
+def goes_on(again: loop.Outcome) -> None:
     assert again.code == 0, again.log[-3000:]
     assert sorted(again.differences) == [1, 2]
 

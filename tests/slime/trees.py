@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fp8_ext.slime_plugin import checkout
+from megatron_fp8_ext.slime_plugin import checkout, sglang
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -35,6 +36,24 @@ def params() -> list:
     ]
 
 
+def engine(tree: Path) -> dict[str, str]:
+    """The variables that put an SGLang on the path whose flags this slime can parse.
+
+    The newest that fits 8359c9a does not fit v0.3: SGLANG_8359C9A names a folder that has one.
+    """
+    v03 = checkout.read(tree, "").per_step_batch
+    place = None if v03 else os.environ.get("SGLANG_8359C9A")
+    found = importlib.metadata.distributions(name="sglang", **({"path": [place]} if place else {}))
+    version = next((x.version for x in found), None)
+    fits = sglang.of(v03)
+    if version is None or fits.problem(version):
+        pytest.skip(
+            f"SGLang {version} does not fit slime {'v0.3' if v03 else '8359c9a'}: pip install --no-deps "
+            f"--target DIR sglang==0.5.12.post1 and SGLANG_8359C9A=DIR"
+        )
+    return {"PYTHONPATH": place} if place else {}
+
+
 def python(tree: Path, code: str, *argv: str, needs: tuple[str, ...] = (), **env: str):
     """Run `code` with the checkout on the path; returns the finished process."""
     for name in ("torch", "megatron", "ray", "transformers", "sglang", *needs):
@@ -49,6 +68,8 @@ def python(tree: Path, code: str, *argv: str, needs: tuple[str, ...] = (), **env
     clean = {
         k: v for k, v in os.environ.items() if not k.startswith(("MEGATRON_FP8", "NVTE_", "RAY_"))
     }
+    first = env.pop("PYTHONPATH", None)
+    path = [first, *path] if first else path
     clean |= {"PYTHONPATH": os.pathsep.join(path), "RAY_AUTH_MODE": "disabled", **env}
     clean.pop("SLIME_PATH", None)
     return subprocess.run(

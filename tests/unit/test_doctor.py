@@ -95,6 +95,27 @@ def test_a_ray_dashboard_open_to_the_world_fails(words, level):
     assert row[0] == level and row[1] == "Ray dashboard"
 
 
+@pytest.mark.parametrize(
+    ("per_step_batch", "version", "level", "found"),
+    [
+        (True, "0.5.15.post1", "ok", "0.5.15.post1"),
+        (True, "0.5.19", "ok", "released with 0.5.15.post1"),
+        (True, "0.5.23", "fail", "no dataclass since 0.5.20"),
+        (True, "0.5.5.post3", "fail", "older than 0.5.6"),
+        (False, "0.5.0rc0", "ok", "0.5.0rc0"),
+        (False, "0.5.15.post1", "fail", "sglang_dp_size since 0.5.14"),
+        (True, None, "fail", "not installed"),
+    ],
+)
+def test_an_sglang_that_slime_cannot_use_fails(per_step_batch, version, level, found):
+    from megatron_fp8_ext.slime_plugin import examine, sglang
+
+    fits = sglang.of(per_step_batch)
+    row = examine.engine(version, fits)
+    assert row[0] == level and found in row[2]
+    assert (row[3] == f"pip install sglang=={fits.released_with}") == (level == "fail")
+
+
 def test_a_wheel_inside_a_git_repository_is_still_that_wheel():
     """From 0.19 on Megatron appends the commit of the repository that its files happen to lie in."""
     pytest.importorskip("megatron.core")

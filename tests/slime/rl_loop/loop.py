@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Settings:
         recipe: of training.
         served: scale format of the served checkpoint, fp32 or e8m0.
         fault: of the server, see server.py.
-        after: requests (pushes) before the fault.
+        after: pushes before the fault.
         save_interval: steps between checkpoints; None for none.
         eval_interval: steps between evaluations on the held-out problems.
         device: cpu or cuda.
@@ -113,8 +114,10 @@ def flags(settings: Settings, out: Path, port: int) -> list[str]:
         "--eval-temperature 1.0 --custom-eval-rollout-log-function-path rl_loop.loop.log_held_out"
     )
     words = [*model.split(), *where.split(), *training.split(), "--fp8-recipe", settings.recipe]
-    if settings.device == "cpu":
-        words.append("--fp8-emulate")
+    # On a GPU without apex, which the output layer would need.
+    words.append(
+        "--fp8-emulate" if settings.device == "cpu" else "--no-gradient-accumulation-fusion"
+    )
     if settings.save_interval is not None:
         saved = str(out / "checkpoints")
         words += ["--save", saved, "--load", saved, "--save-interval", str(settings.save_interval)]
@@ -159,7 +162,9 @@ def environment(settings: Settings, out: Path, slime: Path) -> dict[str, str]:
     if settings.device == "cpu":
         path.insert(0, str(HERE / "on_cpu"))
         env["SLIME_ACCELERATOR"] = "cpu"
-    env["PYTHONPATH"] = os.pathsep.join(path)
+    # What was added to this process's path, such as a folder of packages, is for the others too.
+    path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
     return env
 
 
@@ -176,15 +181,25 @@ def prepare(settings: Settings, out: Path) -> None:
     subprocess.run([*convert, "--device", "cpu"], check=True, capture_output=True, cwd=ROOT)
 
 
-def run(settings: Settings, out: Path, slime: Path, timeout: float = 1500) -> Outcome:
-    """Run the loop to its end; a second run into the same `out` resumes from its last checkpoint."""
+def run(
+    settings: Settings,
+    out: Path,
+    slime: Path,
+    timeout: float = 1500,
+    enter: Sequence[str] = (),
+) -> Outcome:
+    """Run the loop to its end; a second run into the same `out` resumes from its last checkpoint.
+
+    `enter` are words before the launcher's command, such as those of `nsenter`.
+    """
     from conftest import free_port
 
     prepare(settings, out)
     env, port = environment(settings, out, slime), free_port()
     server = serve(settings, out, port, env)
     entry = ROOT / "entrypoints" / "train_slime.py"
-    command = [sys.executable, "-W", "ignore", str(entry), "train.py", *flags(settings, out, port)]
+    command = [*enter, sys.executable, "-W", "ignore", str(entry), "train.py"]
+    command += flags(settings, out, port)
     try:
         with (out / "run.log").open("wb") as log:
             done = subprocess.run(

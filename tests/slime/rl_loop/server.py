@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import queue
 import threading
 import time
@@ -31,6 +32,9 @@ from rl_loop import arithmetic
 
 FAULTS = ("none", "ignore-push", "corrupt-push", "hang", "die")
 BATCH = 256
+INTO_A_ROLLOUT = (
+    20  # requests after a push that are answered before a fault: some of a rollout's 128
+)
 
 
 class FP8Linear(torch.nn.Module):
@@ -91,7 +95,7 @@ class Engine:
                 setattr(self.model.get_submodule(parent), last, replacement)
         self.fault, self.after = fault, after
         self.version = "none"
-        self.served = 0
+        self.served = self.since_push = 0
         self.pushes = 0
         self.lock = threading.Lock()
         self.waiting: queue.Queue[Request] = queue.Queue()
@@ -100,6 +104,7 @@ class Engine:
     def load(self, folder: Path, version: str) -> None:
         """Take the weights of a pushed checkpoint folder."""
         self.pushes += 1
+        self.since_push = 0
         if self.fault == "ignore-push":
             self.version = version
             return
@@ -181,12 +186,12 @@ class Engine:
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """Serve one `/generate`."""
         self.served += 1
-        if self.served > self.after and self.fault == "die":
-            import os
-
-            os._exit(1)
-        if self.served > self.after and self.fault == "hang":
-            threading.Event().wait()
+        self.since_push += 1
+        if self.pushes > self.after and self.since_push > INTO_A_ROLLOUT:
+            if self.fault == "die":
+                os._exit(1)
+            if self.fault == "hang":
+                threading.Event().wait()
         params = body["sampling_params"]
         key = json.dumps([body["input_ids"], params.get("sampling_seed", 0), self.version])
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
@@ -239,7 +244,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/health_generate":
             # A real generation, as SGLang's: a hung engine does not answer.
             params = {"temperature": 0.0, "max_new_tokens": 1}
-            engine.served -= 1
+            engine.since_push -= 1
             engine.answer({"input_ids": arithmetic.encode("1+1="), "sampling_params": params})
             self._send({})
         elif path in ("/health", "/flush_cache"):
@@ -281,7 +286,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--fault", choices=FAULTS, default="none")
-    parser.add_argument("--after", type=int, default=0, help="requests (pushes) before the fault")
+    parser.add_argument("--after", type=int, default=0, help="pushes before the fault")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     Handler.engine, Handler.workers = Engine(chosen.model, chosen.fault, chosen.after), []
