@@ -44,7 +44,7 @@ def examine(gpus: int = 0) -> list[Finding]:
     torch, finding = _import("torch", "pip install torch")
     findings = [_python(), finding]
     if torch is not None:
-        findings.append(_gpu(torch, gpus))
+        findings += [_gpu(torch, gpus), *_kernels(torch)]
     findings += [_megatron(), _transformer_engine(torch)]
     findings += _optional() + _name_conflicts() + _environment()
     return findings
@@ -96,6 +96,23 @@ def _gpu(torch: Any, needed: int) -> Finding:
         return Finding("ok", "GPU", name)
     what, _, mend = gap.partition("; ")
     return Finding("fail", "GPU", f"{name}: {what}", mend)
+
+
+def _kernels(torch: Any) -> list[Finding]:
+    """Whether the fused layers' kernels compile on this GPU; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return []
+    from megatron_fp8_ext.kernels import hopper, support
+
+    gap = support.gap(torch.device("cuda", 0))
+    if gap is not None:
+        mend = "layers keep TransformerEngine's path; fused ones need Triton and Hopper"
+        return [Finding("note", "fused kernels", gap, mend)]
+    reason = hopper.reason(0)
+    if reason is not None:
+        mend = "they run in Triton, slower; torch's CUDA packages bring NVRTC"
+        return [Finding("note", "fused kernels", reason, mend)]
+    return [Finding("ok", "fused kernels", "CUDA, compiled at run time")]
 
 
 def _megatron() -> Finding:

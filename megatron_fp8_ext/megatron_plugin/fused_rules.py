@@ -203,6 +203,8 @@ def why_no_fused_rope(
             or given.get("inference_params") is not None
             or config.flash_decode,
             "test mode": config.test_mode,
+            # The angles would be another tensor at each capture, and their table is looked at by the host.
+            "CUDA graphs": getattr(config, "cuda_graph_impl", "none") not in ("none", None),
             "a gate": getattr(config, "attention_output_gate", False),
             "queries or keys are normalized": not _is_identity(attention.q_layernorm)
             or not _is_identity(attention.k_layernorm),

@@ -55,11 +55,17 @@ def take(argv: Sequence[str]) -> tuple[list[str], str | None]:
     return arguments.without(argv, FLAG, takes_value=True), value
 
 
+# Under these a step may be captured, and the host cannot look at the weights of the tokens.
+_CAPTURES = ("--cuda-graph-impl", "--enable-cuda-graph", "--external-cuda-graph")
+
+
 def chosen(asked: str | None, argv: Sequence[str], fused: bool) -> str:
     """What the run gets: what it asks for, or the default of one with or without fused layers."""
     if asked is not None:
         return asked
-    return "one-pass" if fused and not arguments.first_written(argv, CONTRADICTIONS) else "off"
+    if not fused or arguments.first_written(argv, CONTRADICTIONS):
+        return "off"
+    return "chunked" if arguments.first_written(argv, _CAPTURES) else "one-pass"
 
 
 def may_be_on(argv: Sequence[str], fused: bool) -> bool:

@@ -20,6 +20,7 @@ from megatron_fp8_ext.kernels.cast import BlockCast
 @functools.cache
 def _te() -> Any:
     """What is used of TransformerEngine, looked up once: this runs for every GEMM."""
+    import transformer_engine.pytorch  # noqa: F401  (loads what the next one links to)
     import transformer_engine_torch as tex
     from transformer_engine.pytorch.cpp_extensions import general_gemm
     from transformer_engine.pytorch.module.base import quantize_weight

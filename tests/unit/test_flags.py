@@ -276,6 +276,8 @@ def test_what_wants_the_logits_keeps_them_under_fused_layers():
     for other in set(linear_loss.CONTRADICTIONS) - {"--fp8-output-proj"}:  # which is refused
         plain = flags.expand(["--bf16", "--fp8-recipe", "infir2", "--infir2-fused", other], GPU)
         assert plain.fused.on and plain.linear_loss == "off"
+    graphs = ("--cuda-graph-impl", "local")
+    assert flags.expand(["--bf16", *INFIR2, *graphs], GPU).linear_loss == "chunked"
 
 
 @pytest.mark.parametrize("other", linear_loss.CONTRADICTIONS)
