@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +12,7 @@ from rich.table import Column, Table
 
 from megatron_fp8_ext import __version__, presets, registry
 from megatron_fp8_ext.commands import bench, compare, convert, data, demo, evaluate, rl, schedule
+from megatron_fp8_ext.commands import doctor as doctor_command
 from megatron_fp8_ext.commands import run as run_command
 from megatron_fp8_ext.commands import watch as watch_command
 from megatron_fp8_ext.errors import UserError, unknown_name
@@ -31,6 +31,7 @@ app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args"
     run_command.run
 )
 app.command()(watch_command.watch)
+app.command()(doctor_command.doctor)
 app.add_typer(rl.app, name="rl")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(evaluate.app, name="eval")
@@ -52,18 +53,20 @@ def list_(
         kind = plurals.get(kind, kind)
         if kind not in kinds:
             raise unknown_name("kind", kind, kinds)
-    table = Table("kind", Column("name", no_wrap=True), "what it is", box=None)
+    first = [] if kind else ["kind"]
+    table = Table(*first, Column("name", no_wrap=True), "what it is", box=None)
     for each in [kind] if kind else kinds:
+        first = [] if kind else [each]
         if each == "preset":
             for name in presets.names():
-                table.add_row(each, name, presets.get(name).summary)
+                table.add_row(*first, name, presets.get(name).summary)
             continue
         for provider in registry.providers(each):
             found = provider.load()
             what = getattr(found, "summary", None) or (found.__doc__ or "").split("\n")[0]
             ours = provider.distribution == "megatron-fp8-ext"
             table.add_row(
-                each, provider.name, what if ours else f"{what} ({provider.distribution})"
+                *first, provider.name, what if ours else f"{what} ({provider.distribution})"
             )
     _out.print(table)
 
@@ -122,40 +125,6 @@ def expand(context: typer.Context) -> None:
     for name, value in result.env.items():
         print(f"export {name}={value}")
     print(" ".join(result.argv))
-
-
-@app.command()
-def doctor(
-    slime: Annotated[bool, typer.Option("--slime", help="also what slime needs")] = False,
-    hf_checkpoint: Annotated[Path | None, typer.Option(help="served model, for --slime")] = None,
-    engine_gpus: Annotated[int, typer.Option(help="GPUs of a rollout engine")] = 1,
-    tensor_parallel: Annotated[int, typer.Option(help="of training")] = 1,
-) -> None:
-    """What is installed, which seams apply, what conflicts, and how to mend it (exit 1 if broken)."""
-    from megatron_fp8_ext import doctor as checks
-    from megatron_fp8_ext.megatron_plugin.patches import PATCHES
-
-    findings = checks.examine()
-    if slime:
-        from megatron_fp8_ext.slime_plugin.examine import examine
-
-        rows = examine(hf_checkpoint, engine_gpus, tensor_parallel)
-        findings += [checks.Finding(*row) for row in rows]
-    folded = (Column(name, overflow="fold") for name in ("what", "found", "mend"))
-    table = Table("", *folded, box=None)
-    style = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fail": "[red]FAIL[/]"}
-    for finding in findings:
-        table.add_row(style[finding.level], finding.subject, finding.found, finding.mend)
-    _out.print(table)
-    place = Column("seam", overflow="fold", ratio=3)
-    columns = (Column(name, ratio=share) for name, share in (("why", 3), ("delete when", 2)))
-    seams = Table(place, Column("applies", ratio=1), *columns, box=None, title="Seams in Megatron")
-    for patch in PATCHES:
-        symbol = f"{patch.module.removeprefix('megatron.')}: {patch.symbol}"
-        seams.add_row(symbol, f"{patch.when}, {patch.versions}", patch.reason, patch.delete_when)
-    _out.print(seams)
-    if any(finding.level == "fail" for finding in findings):
-        raise typer.Exit(1)
 
 
 @app.callback(invoke_without_command=True)

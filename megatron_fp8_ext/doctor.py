@@ -35,12 +35,16 @@ class Finding:
     mend: str = ""
 
 
-def examine() -> list[Finding]:
-    """Look at this environment. Imports torch, Megatron and TransformerEngine if they are there."""
+def examine(gpus: int = 0) -> list[Finding]:
+    """Look at this environment. Imports torch, Megatron and TransformerEngine if they are there.
+
+    Args:
+        gpus: GPUs that must be here; 0 where the CPU will do.
+    """
     torch, finding = _import("torch", "pip install torch")
     findings = [_python(), finding]
     if torch is not None:
-        findings += [_gpu(torch), *_kernels(torch)]
+        findings += [_gpu(torch, gpus), *_kernels(torch)]
     findings += [_megatron(), _transformer_engine(torch)]
     findings += _optional() + _name_conflicts() + _environment()
     return findings
@@ -72,8 +76,12 @@ def _python() -> Finding:
     return Finding("ok", "Python", version)
 
 
-def _gpu(torch: Any) -> Finding:
-    if not torch.cuda.is_available():
+def _gpu(torch: Any, needed: int) -> Finding:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < needed:
+        mend = "look at nvidia-smi, the driver and CUDA_VISIBLE_DEVICES, or give fewer GPUs a node"
+        return Finding("fail", "GPU", f"torch sees {count} of the {needed} this run needs", mend)
+    if count == 0:
         return Finding(
             "note",
             "GPU",
@@ -83,9 +91,7 @@ def _gpu(torch: Any) -> Finding:
     capability = tuple(torch.cuda.get_device_capability())
     cuda = compat.parse_version(torch.version.cuda) if torch.version.cuda else None
     gap = compat.fp8_gap("999", (capability[0], capability[1]), cuda)
-    name = (
-        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    )
+    name = f"{count} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     if gap is None:
         return Finding("ok", "GPU", name)
     what, _, mend = gap.partition("; ")
@@ -170,7 +176,8 @@ def _optional() -> list[Finding]:
 def package_folder(name: str) -> Path | None:
     """Return the folder of a top-level package without importing it, or None."""
     spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
+    # Without an __init__.py it is a folder of that name in the working directory: a checkout, say.
+    if spec is None or spec.origin is None or not spec.submodule_search_locations:
         return None
     return Path(next(iter(spec.submodule_search_locations)))
 

@@ -23,26 +23,38 @@ def run(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="a preset, or a YAML file that extends one")],
     data: Annotated[
-        str | None, typer.Option(help="--data-path prefixes, or the SFT or RL data")
+        str | None, typer.Option(help="CPT: prefixes of --data-path; SFT and RL: samples")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="model folder: config.json and tokenizer")
     ] = None,
     init: Annotated[str | None, typer.Option(help="Megatron checkpoint to start from")] = None,
-    after: Annotated[str | None, typer.Option(help="output folder of the stage before")] = None,
+    after: Annotated[
+        str | None, typer.Option(help="go on from this run: its output folder")
+    ] = None,
     output: Annotated[str | None, typer.Option(help="folder of the run (exp/EXPERIMENT)")] = None,
     eval_data: Annotated[str | None, typer.Option(help="RL: evaluation prompts")] = None,
-    launcher: Annotated[str | None, typer.Option(help="torchrun, slurm or ray")] = None,
+    launcher: Annotated[
+        str | None, typer.Option(help="torchrun (Megatron), ray (slime) or slurm")
+    ] = None,
     nodes: Annotated[int | None, typer.Option(help="number of nodes")] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs of each node")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print, start nothing")] = False,
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="random weights")] = False,
-    rdzv_endpoint: Annotated[str | None, typer.Option(help="HOST:PORT for several nodes")] = None,
-    ray_address: Annotated[str | None, typer.Option(help="dashboard of a Ray cluster")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings, under --set")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print everything, start nothing")
+    ] = False,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="CPT: random weights")
+    ] = False,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(help="torchrun: HOST:PORT where nodes meet")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="running cluster, http://HEAD:8265")
+    ] = None,
     megatron: Annotated[str | None, typer.Option(help="Megatron-LM checkout to run")] = None,
-    slime: Annotated[str | None, typer.Option(help="slime checkout")] = None,
+    slime: Annotated[str | None, typer.Option(help="slime checkout (SFT, RL)")] = None,
     time: Annotated[int, typer.Option(help="Slurm: minutes of one job")] = 24 * 60,
     partition: Annotated[str | None, typer.Option(help="Slurm partition")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm account")] = None,

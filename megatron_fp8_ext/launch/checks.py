@@ -15,7 +15,10 @@ from megatron_fp8_ext.megatron_plugin import arguments, checks
 
 def problems(plan: Plan) -> list[str]:
     """Return everything that would stop the run, one line each: what is wrong, and the mend."""
-    found = [_missing(name, flag) for name, flag in plan.missing.items()]
+    missing = dict(plan.missing)
+    if "branch" in missing:
+        missing.pop("branch-step", None)  # --init says both
+    found = [_missing(name, flag) for name, flag in missing.items()]
     wrong = _numbers(plan)
     found += wrong or [*_sizes(plan), *_lengths(plan)]
     return [*found, *_files(plan), *_trainer(plan), *_secrets(plan)]
@@ -271,24 +274,40 @@ def _trainer(plan: Plan) -> list[str]:
 
 def _quantization(plan: Plan) -> list[str]:
     """The FP8 export that RL serves from, against the scale format it trains with."""
-    if plan.request.preset.stage != "rl" or plan.facts.config is None:
+    if plan.request.preset.stage != "rl" or plan.facts.config is None or plan.recipe is None:
         return []
-    quantization = plan.facts.config.get("quantization_config")
+    quantization, recipe = plan.facts.config.get("quantization_config"), plan.recipe
+    mixed = arguments.has(plan.argv, "--allow-mixed-rollout")
     if not isinstance(quantization, dict):
-        return []
+        if not recipe.is_fp8 or mixed:
+            return []
+        scales = "fp32" if recipe.scale_format == "float32" else "e8m0"
+        return [
+            f"the model is served in BF16 and {recipe.name} trains in FP8: --model wants the folder that "
+            f"`megatron-fp8 convert hf-to-fp8 MODEL DIR --scale-format {scales}` writes; "
+            "-- --allow-mixed-rollout runs it nevertheless"
+        ]
+    if not recipe.is_fp8:
+        if mixed:
+            return []
+        return [
+            f"the model is served in FP8 and {recipe.name} trains in BF16: --model wants the BF16 folder; "
+            "-- --allow-mixed-rollout runs it nevertheless"
+        ]
     found = []
     if "fmt" not in quantization:
         found.append(
             "config.json: quantization_config has no fmt, and slime stops at the first weight push: "
             "export again with `megatron-fp8 convert hf-to-fp8`"
         )
-    power_of_two = str(quantization.get("scale_fmt", "")).lower() in ("ue8m0", "e8m0")
-    recipe = plan.recipe
-    if power_of_two and recipe is not None and recipe.scale_format == "float32":
+    served = str(quantization.get("scale_fmt", "")).lower() in ("ue8m0", "e8m0")
+    trained = recipe.scale_format == "power_of_two"
+    if served != trained and not mixed:
+        kinds = {True: ("power-of-two", "e8m0", "infir2"), False: ("FP32", "fp32", "infir2-rl")}
         found.append(
-            f"the model was exported with power-of-two scales and {recipe.name} trains with FP32 ones, so "
-            "that every weight push changes nearly all codes: export with --scale-format fp32, or --set "
-            "fp8-recipe=infir2"
+            f"the model was exported with {kinds[served][0]} scales and {recipe.name} trains with "
+            f"{kinds[trained][0]} ones, so that every weight push changes nearly all codes: export with "
+            f"--scale-format {kinds[trained][1]}, or --set fp8-recipe={kinds[served][2]}"
         )
     return found
 

@@ -1,7 +1,6 @@
 """Settings to flags: preset < user's YAML < --set < flags after `--`. Pure, without torch.
 
-What comes out runs with Megatron alone, or with slime alone: native flags, plus our one `--fp8-recipe`
-where our entry script or our parser seam will see it.
+What comes out is Megatron's or slime's own flags plus our one `--fp8-recipe`, which our entry scripts expand.
 """
 
 from __future__ import annotations
@@ -112,6 +111,11 @@ class Plan:
         """Number of ranks."""
         return self.nodes * self.gpus
 
+    @property
+    def slime(self) -> str | None:
+        """The slime checkout: the one that was asked for, or the one that was found."""
+        return self.request.slime or self.facts.slime
+
 
 def split_checkpoint(path: str) -> tuple[str, int | None]:
     """Return (root, iteration) of a checkpoint path; the iteration is None for a root."""
@@ -178,7 +182,7 @@ def build(request: Request, facts: Facts) -> Plan:
                 f"{', '.join(differs)}; check parallel sizes and learning rate"
             )
 
-    recipe, recipe_flags, environment = _precision(settings, extra, trainer)
+    recipe, recipe_flags = _precision(settings, extra)
     start, resume = _start(settings, preset.stage)
     shown = {k: s for k, s in settings.items() if k not in ("load", "ckpt-step", "fp8-recipe")}
     flags = (
@@ -186,6 +190,7 @@ def build(request: Request, facts: Facts) -> Plan:
         *recipe_flags,
         *extra,
     )
+    environment: dict[str, str] = {}
     for section in (preset.sections["environment"], request.environment):
         found = {n: _resolve(s.value, names, settings, missing) for n, s in section.items()}
         environment = {**environment, **found}
@@ -197,6 +202,12 @@ def build(request: Request, facts: Facts) -> Plan:
         raise UserError(
             f"--launcher {launcher}: {preset.name} trains with {trainer}; use --launcher {right} or slurm"
         )
+    for flag, value, reader in (
+        ("--ray-address", request.ray_address, "ray"),
+        ("--rdzv-endpoint", request.rdzv_endpoint, "torchrun"),
+    ):
+        if value and launcher != reader:
+            notes.append(f"{flag} is for --launcher {reader}, and left out here")
     save = arguments.value(flags, "--save") or f"{output}/checkpoints"
     return Plan(
         request=request, settings=settings, trainer=trainer, launcher=launcher, nodes=nodes, gpus=gpus,
@@ -283,26 +294,13 @@ def _start(settings: Mapping[str, Setting], stage: str) -> tuple[tuple[str, ...]
 
 
 def _precision(
-    settings: Mapping[str, Setting], extra: tuple[str, ...], trainer: str
-) -> tuple[FP8Recipe | None, tuple[str, ...], dict[str, str]]:
-    """The recipe, its flags, its environment. slime gets native flags: its workers see no flag of ours."""
+    settings: Mapping[str, Setting], extra: tuple[str, ...]
+) -> tuple[FP8Recipe | None, tuple[str, ...]]:
+    """The recipe and its one flag, which our entry scripts turn into native ones."""
     written = arguments.value(extra, "--fp8-recipe")
     name = written or settings["fp8-recipe"].value
-    if name in NATIVE_RECIPES:
-        return None, () if written else ("--fp8-recipe", name), {}
-    recipe = get_recipe(name)
-    if trainer == "megatron":
-        return recipe, () if written else ("--fp8-recipe", name), {}
-    if written:
-        raise UserError(
-            f"--fp8-recipe {name} after --: slime's workers do not know it; use --set fp8-recipe={name}"
-        )
-    if not recipe.is_fp8:
-        return recipe, (), {}
-    native = ["--fp8-format", "e4m3", "--fp8-recipe", "blockwise"]
-    if recipe.param_gather:
-        native.append("--fp8-param-gather")
-    return recipe, tuple(t for t in native), {}
+    recipe = None if name in NATIVE_RECIPES else get_recipe(name)
+    return recipe, () if written else ("--fp8-recipe", name)
 
 
 def _positive(run: Mapping[str, Setting], key: str) -> int:

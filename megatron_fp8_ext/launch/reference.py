@@ -80,8 +80,6 @@ def translate(request: Request, tokens: Sequence[str], environ: Mapping[str, str
         else:
             overrides["load"] = Setting(value=load, origin="user", note="LOAD_DIR")
     inputs: dict[str, str] = {k: found[k] for k in ("data", "model", "init") if k in found}
-    if stage == "rl" and "rdzv" in found:
-        notes.append("slime knows no --rdzv-endpoint: left out; nodes meet through Ray")
     changed = dataclasses.replace(
         request,
         inputs={**inputs, **request.inputs},

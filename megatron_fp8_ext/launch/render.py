@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 
 from megatron_fp8_ext.launch import secrets
 from megatron_fp8_ext.launch.plan import Plan
+from megatron_fp8_ext.megatron_plugin.arguments import has
+from megatron_fp8_ext.megatron_plugin.flags import EMULATE
 
 ENTRY = "megatron_fp8_ext.megatron_plugin.pretrain_gpt"
-_DASHBOARD = "http://127.0.0.1:8265"
+DASHBOARD = "http://127.0.0.1:8265"
+_EXTERNAL = "--rollout-external-engine-addrs"
 
 
 @dataclass(frozen=True)
@@ -46,22 +49,47 @@ def launch(plan: Plan) -> Launch:
 
 
 def doctor(plan: Plan) -> tuple[str, ...]:
-    """Return the preflight command, with what RL serves and how it is cut."""
-    if plan.trainer == "megatron":
-        return ("megatron-fp8", "doctor")
-    words = ["megatron-fp8", "doctor", "--slime"]
+    """Return the preflight command of one node, with what RL serves and how it is cut."""
+    words = ("megatron-fp8", "doctor", *_needs(plan))
+    return ("env", f"SLIME_PATH={plan.slime}", *words) if plan.slime else words
+
+
+def _needs(plan: Plan) -> tuple[str, ...]:
+    words = []
+    if not has(plan.argv, EMULATE):
+        words += ["--gpus", str(plan.gpus)]
+    if plan.trainer == "slime":
+        serves = plan.request.preset.stage == "rl" and not has(plan.argv, _EXTERNAL)
+        gpus = plan.value("--rollout-num-gpus-per-engine", "1") if serves else "0"
+        words += ["--slime", "--engine-gpus", gpus]
     if plan.request.preset.stage == "rl":
         words += ["--hf-checkpoint", plan.value("--hf-checkpoint")]
-        words += ["--engine-gpus", plan.value("--rollout-num-gpus-per-engine", "1")]
         words += ["--tensor-parallel", plan.value("--tensor-model-parallel-size", "1")]
-    folder = plan.request.slime or plan.facts.slime
-    return ("env", f"SLIME_PATH={folder}", *words) if folder else tuple(words)
+    return tuple(words)
 
 
 def _preflight(words: tuple[str, ...]) -> Step:
     return Step(
         words, why="preflight of this node: stops here, with the mend, where training would fail"
     )
+
+
+def _cluster_preflight(plan: Plan, address: str) -> Step:
+    """The preflight as a job of the cluster, without the recipe's variables: `doctor` looks for strays."""
+    words = ("python3", "-m", "megatron_fp8_ext.cli", "doctor", "--every-node")
+    total = ("--cluster-gpus", str(plan.world_size))
+    return Step(
+        _job(address, _places(plan), (*words, *total, *_needs(plan))),
+        why="preflight of every node of the cluster that has GPUs: stops here, naming node and mend",
+    )
+
+
+def _job(address: str, variables: Mapping[str, str], command: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the submission of a job. Variables only, no upload of a working folder."""
+    environment = json.dumps({"env_vars": dict(variables)})
+    return (
+        "ray", "job", "submit", "--address", address, "--runtime-env-json", environment, "--", *command,
+    )  # fmt: skip
 
 
 def program(plan: Plan) -> tuple[str, ...]:
@@ -82,37 +110,32 @@ def torchrun(plan: Plan) -> tuple[str, ...]:
     return ("torchrun", *where, "--nproc-per-node", str(plan.gpus), *program(plan), *plan.argv)
 
 
-def slime_command(plan: Plan) -> tuple[str, ...]:
-    """Return the command that a Ray job runs on the head node."""
-    folder = plan.request.slime or plan.facts.slime or "/path/to/slime"
+def slime_job(plan: Plan, address: str = DASHBOARD) -> tuple[str, ...]:
+    """Return the submission of training: our launcher, which checks what it is given, over slime's script."""
     script = "train.py" if plan.request.preset.stage == "rl" else "train_async.py"
-    return ("python3", f"{folder.rstrip('/')}/{script}", *plan.argv)
+    command = ("python3", "-m", "megatron_fp8_ext.slime_plugin", script, *plan.argv)
+    return _job(address, {**plan.environment, **_places(plan)}, command)
 
 
-def runtime_environment(plan: Plan) -> str:
-    """Return the JSON of Ray's runtime environment: variables only, no upload of a working folder."""
-    variables = dict(plan.environment)
-    folders = [f for f in (plan.request.slime or plan.facts.slime, plan.request.megatron) if f]
-    if folders:
-        variables["PYTHONPATH"] = ":".join(folders)
-    return json.dumps({"env_vars": variables})
+def _places(plan: Plan) -> dict[str, str]:
+    """Where slime and Megatron are, before what the nodes have on their path already."""
+    slime = (plan.slime or "/path/to/slime").rstrip("/")
+    folders = filter(None, (slime, plan.request.megatron))
+    return {"SLIME_PATH": slime, "PYTHONPATH": ":".join((*folders, "${PYTHONPATH}"))}
 
 
 def _ray(plan: Plan) -> tuple[Step, ...]:
-    address = plan.request.ray_address or _DASHBOARD
-    submit = Step(
-        ("ray", "job", "submit", "--address", address, "--runtime-env-json",
-         runtime_environment(plan), "--", *slime_command(plan)),
-    )  # fmt: skip
-    if plan.request.ray_address is not None:
-        return (submit,)
+    # Several nodes are never a Ray of this machine; `checks` asks for the address.
+    address = plan.request.ray_address or ("http://HEAD:8265" if plan.nodes > 1 else None)
+    if address is not None:
+        return (_cluster_preflight(plan, address), Step(slime_job(plan, address)))
     start = Step(
         ("ray", "start", "--head", "--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1",
          "--dashboard-port", "8265", "--num-gpus", str(plan.gpus), "--disable-usage-stats"),
-        why="a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); "
-        "`ray stop` ends it",
+        why="a Ray of this machine alone, its dashboard on loopback (its job API runs any code it is "
+        "sent); `ray stop` ends it",
     )  # fmt: skip
-    return (_preflight(doctor(plan)), start, submit)
+    return (_preflight(doctor(plan)), start, Step(slime_job(plan)))
 
 
 def shell(launched: Launch, known: Sequence[str] = ()) -> str:
@@ -123,13 +146,16 @@ def shell(launched: Launch, known: Sequence[str] = ()) -> str:
         lines += [f"mkdir -p {shlex.quote(folder)}", f"cat > {shlex.quote(path)} <<'SBATCH'"]
         lines += [secrets.mask(content.rstrip("\n"), known), "SBATCH"]
     for step in launched.steps:
+        # Pasted, a preflight that fails must end there too.
+        then = "" if step is launched.steps[-1] else " &&"
         if step.why:
             lines.append(f"# {step.why}")
+        exports = "" if step is launched.steps[0] else " &&"
         lines += [
-            f"export {name}={shlex.quote(_shown(name, value, known))}"
+            f"export {name}={shlex.quote(_shown(name, value, known))}{exports}"
             for name, value in step.environment.items()
         ]
-        lines.append(wrapped(step.argv, known=known))
+        lines.append(wrapped(step.argv, known=known) + then)
     return "\n".join(lines)
 
 

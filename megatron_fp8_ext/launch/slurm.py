@@ -92,10 +92,7 @@ def _saved(tracker: str) -> list[str]:
 
 
 def _slime(plan: Plan) -> list[str]:
-    command = render.wrapped(
-        ("ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--runtime-env-json",
-         render.runtime_environment(plan), "--", *render.slime_command(plan))
-    )  # fmt: skip
+    command = render.wrapped(render.slime_job(plan))
     tracker = shlex.quote(f"{plan.save}/latest_checkpointed_iteration.txt")
     return [
         *_saved(tracker),
@@ -116,6 +113,8 @@ def _slime(plan: Plan) -> list[str]:
         f'--ntasks={max(plan.nodes - 1, 1)} -x "$HEAD" ray start --block --address="$HEAD_IP:6379" '
         f"--num-gpus={plan.gpus} --disable-usage-stats &",
         "sleep 20",
+        "# Ray fills ${PYTHONPATH} in, on each node.",
+        "# shellcheck disable=SC2016",
         f'srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" {command} &',
         "job=$!",
         'wait "$job" || { code=$?; [ "$code" -gt 128 ] && wait "$job"; }',

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,13 @@ def read_record(folder: str) -> dict[str, Any]:
 
 
 def start(plan: Plan, launched: Launch) -> int:
-    """Write the files and run the commands one after the other; return the last exit code."""
+    """Write the files and run the commands one after the other; return the last exit code.
+
+    Raises:
+        UserError: the Ray cluster does not answer, the output cannot be written, a program is missing.
+    """
+    if plan.launcher == "ray" and plan.request.ray_address is not None:
+        _answers(plan.request.ray_address)
     output = Path(plan.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -107,11 +115,31 @@ def start(plan: Plan, launched: Launch) -> int:
             _write(Path(path), content)
     except OSError as error:
         raise UserError(f"--output {plan.output} cannot be written: {error.strerror}") from error
-    for step in launched.steps:
+    for left, step in zip(reversed(range(len(launched.steps))), launched.steps, strict=True):
         code = _run(step)
         if code:
+            if left:
+                what = step.why.partition(":")[0] or step.argv[0]
+                print(
+                    f"megatron-fp8: error: {what} failed; training was not started", file=sys.stderr
+                )
             return code
     return 0
+
+
+def _answers(address: str) -> None:
+    if not address.startswith(("http://", "https://")):
+        return  # another of Ray's forms, which its own client reads
+    try:
+        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it is there, and may ask for a token
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"--ray-address {address}: no Ray dashboard answers there ({reason}); start the cluster, or "
+            "give its dashboard: http://HEAD:8265"
+        ) from error
 
 
 def _run(step: Step) -> int:

@@ -24,7 +24,7 @@ def examine(model: Path | None, engine_gpus: int, tp: int) -> list[Row]:
 
     Args:
         model: folder of the served checkpoint.
-        engine_gpus: `--rollout-num-gpus-per-engine`.
+        engine_gpus: `--rollout-num-gpus-per-engine`; 0 where no engine runs here (SFT, or engines elsewhere).
         tp: tensor parallel size of training.
     """
     slime, found = _slime()
@@ -34,7 +34,8 @@ def examine(model: Path | None, engine_gpus: int, tp: int) -> list[Row]:
     rows += _tried("torch loading", lambda: preflight.refuse_unsafe_loading(os.environ), "safe")
     if model is not None:
         rows += _model(model, engine_gpus, tp)
-    return rows
+    # SGLang's Python package is enough for slime itself.
+    return [row for row in rows if engine_gpus or row[1] != "sgl_kernel"]
 
 
 def _tried(what: str, check: object, good: str) -> list[Row]:
@@ -139,11 +140,12 @@ def _model(model: Path, engine_gpus: int, tp: int) -> list[Row]:
         preflight.served_scale_format(quantization)
     ]
     rows += _tried("quantization", lambda: weights.check_config(quantization), f"fits {fits}")
-    rows += _tried(
-        "engine TP",
-        lambda: preflight.refuse_engine_tp(config, engine_gpus),
-        f"{engine_gpus} splits whole blocks",
-    )
+    if engine_gpus:
+        rows += _tried(
+            "engine TP",
+            lambda: preflight.refuse_engine_tp(config, engine_gpus),
+            f"{engine_gpus} splits whole blocks",
+        )
     rows += _tried(
         "blocks", lambda: preflight.block_mismatch(config, tp), "training's are the served model's"
     )

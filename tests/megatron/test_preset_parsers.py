@@ -92,10 +92,12 @@ def test_slime_parses_every_preset(commit, name):
                 "choices": row["choices"],
             }
         parser.add_argument(*row["flags"], **options)
-    parsed, rest = parser.parse_known_args(command(name))
+    facts = flags.Facts(options=frozenset(parser._option_string_actions))
+    parsed, rest = parser.parse_known_args(list(flags.expand(command(name), facts).argv))
     left = [token for token in rest if token.startswith("--")]
     assert all(token.startswith("--sglang-") for token in left), left
     assert parsed.hf_checkpoint == "MODEL" and parsed.rotary_base == 1000000
+    assert parsed.fp8_recipe == ("delayed" if name.endswith("-bf16") else "blockwise")
 
 
 def test_a_misspelt_flag_would_be_found():

@@ -53,6 +53,13 @@ def test_the_real_ones_are_fine(tmp_path, monkeypatch):
     assert [f.level for f in doctor._name_conflicts()] == ["ok", "ok"]
 
 
+def test_a_checkout_in_the_working_directory_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "slime").mkdir()  # `git clone .../slime`, whose package is slime/slime
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (finding,) = [f for f in doctor._name_conflicts() if f.subject == "slime"]
+    assert finding.level == "ok" and "not installed" in finding.found
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1"), ("NVTE_BACKWARD_OVERRIDE", "dequantized")],

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 from dev_tools import tool
 
 from megatron_fp8_ext import presets
@@ -211,7 +211,9 @@ def test_the_scale_format_of_slime_runs_is_pinned():
     for name, scales in (("qwen2.5-7b-sft-stage1", "0"), ("qwen2.5-7b-rl-stage1", "1")):
         found = planned(name)
         assert found.environment["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] == scales
-        assert found.value("--fp8-recipe") == "blockwise" and "--fp8-param-gather" in found.flags
+        submitted = render.launch(found).steps[-1].argv
+        assert "megatron_fp8_ext.slime_plugin" in submitted, "our launcher checks and expands"
+        assert found.value("--fp8-recipe") == ("infir2-rl" if scales == "1" else "infir2")
 
 
 def test_all_problems_at_once(tmp_path):
@@ -277,6 +279,19 @@ def test_rl_holds_the_export_to_the_recipe():
     assert "has no fmt" in text and "--scale-format fp32" in text
     fits = planned("qwen2.5-7b-rl-stage1", "fp8-recipe=infir2", facts=plan.Facts(config=config))
     assert "every weight push" not in "\n".join(checks.problems(fits))
+    bf16 = plan.Facts(config=presets.model_facts("Qwen2.5-7B"))
+    for name, facts, words in (
+        ("qwen2.5-7b-rl-stage1", bf16, "served in BF16 and infir2-rl trains in FP8"),
+        (
+            "qwen2.5-7b-rl-stage1-bf16",
+            plan.Facts(config=config),
+            "served in FP8 and bf16 trains in BF16",
+        ),
+    ):
+        assert words in "\n".join(checks.problems(planned(name, facts=facts)))
+        mixed = planned(name, facts=facts, extra=("--allow-mixed-rollout",))
+        assert words not in "\n".join(checks.problems(mixed))
+    assert not checks._quantization(planned("qwen2.5-7b-rl-stage1-bf16", facts=bf16))
     engine = planned("qwen2.5-7b-rl-stage1", "rollout-num-gpus-per-engine=8")
     assert any("key/value rows 512" in p for p in checks.problems(engine))
 
@@ -360,12 +375,57 @@ def test_a_preset_with_a_secret_does_not_start(tmp_path):
 
 
 def test_nothing_binds_beyond_loopback():
-    first, ray, submit = render.launch(planned("qwen2.5-7b-sft-stage1", slime="S")).steps
-    assert first.argv == ("env", "SLIME_PATH=S", "megatron-fp8", "doctor", "--slime")
+    alone = planned("qwen2.5-7b-sft-stage1", "nodes=1", slime="S")
+    first, ray, submit = render.launch(alone).steps
+    assert first.argv[:4] == ("env", "SLIME_PATH=S", "megatron-fp8", "doctor")
+    assert " ".join(first.argv[4:]) == "--gpus 8 --slime --engine-gpus 0"
     assert ray.argv[:2] == ("ray", "start") and "0.0.0.0" not in str((first, ray, submit))
     assert ray.argv[ray.argv.index("--dashboard-host") + 1] == "127.0.0.1"
     environment = json.loads(submit.argv[submit.argv.index("--runtime-env-json") + 1])
-    assert environment["env_vars"]["PYTHONPATH"] == "S"
+    assert environment["env_vars"]["PYTHONPATH"] == "S:${PYTHONPATH}"
+    assert environment["env_vars"]["SLIME_PATH"] == "S"
+
+
+def test_a_running_ray_cluster_is_examined_by_a_job_of_its_own_first():
+    name, address = "qwen2.5-7b-rl-stage1", "http://head:8265"
+    found = planned(name, slime="S", ray_address=address, inputs={"model": "M"})
+    check, submit = render.launch(found).steps
+    for step in (check, submit):
+        assert step.argv[:5] == ("ray", "job", "submit", "--address", address)
+    words = " ".join(check.argv[check.argv.index("--") + 1 :])
+    assert words.startswith(
+        "python3 -m megatron_fp8_ext.cli doctor --every-node --cluster-gpus 32 --gpus 8"
+    )
+    assert words.endswith("--slime --engine-gpus 4 --hf-checkpoint M --tensor-parallel 4")
+    assert "NVTE_" not in str(check.argv), "doctor takes a recipe's variables for strays"
+    text = render.shell(render.launch(found))
+    assert "--tensor-parallel 4 &&\nray job submit" in text, "pasted, it stops there as well"
+
+
+def test_options_of_another_launcher_are_not_dropped_in_silence():
+    ray = planned("qwen2.5-7b-rl-stage1", ray_address="http://h:1", rdzv_endpoint="h:2")
+    assert ray.notes[-1] == "--rdzv-endpoint is for --launcher torchrun, and left out here"
+    megatron = planned("qwen2.5-7b-cpt", ray_address="http://h:1")
+    assert megatron.notes[-1] == "--ray-address is for --launcher ray, and left out here"
+
+
+def test_a_ray_cluster_that_does_not_answer_is_named(tmp_path):
+    address = f"http://127.0.0.1:{free_port()}"
+    inputs = {"output": str(tmp_path / "out")}
+    found = planned("qwen2.5-7b-rl-stage1", slime="S", ray_address=address, inputs=inputs)
+    with pytest.raises(UserError, match=f"--ray-address {address}: no Ray dashboard answers"):
+        start.start(found, render.launch(found))
+    assert not (tmp_path / "out").exists(), "nothing was written"
+
+
+def test_a_failed_preflight_starts_nothing(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program = (sys.executable, "-c", "open('started', 'w'); raise SystemExit(3)")
+    check = render.Step((sys.executable, "-c", "raise SystemExit(1)"), why="preflight: mend")
+    found = planned("qwen2.5-7b-cpt", inputs={"output": str(tmp_path / "out")})
+    assert start.start(found, render.Launch((check, render.Step(program)))) == 1
+    assert "preflight failed; training was not started" in capfd.readouterr().err
+    assert not Path("started").exists()
 
 
 # The reference's scripts and tools.

@@ -1,18 +1,17 @@
-# preflight of this node: stops here, with the mend, where training would fail
-env SLIME_PATH=SLIME megatron-fp8 doctor \
-    --slime
-# a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); `ray stop` ends it
-ray start \
-    --head \
-    --node-ip-address 127.0.0.1 \
-    --dashboard-host 127.0.0.1 \
-    --dashboard-port 8265 \
-    --num-gpus 8 \
-    --disable-usage-stats
+# preflight of every node of the cluster that has GPUs: stops here, naming node and mend
 ray job submit \
-    --address http://127.0.0.1:8265 \
-    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_SFT_BF16_1.5B_stage2/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "PYTHONPATH": "SLIME"}}' \
-    -- python3 SLIME/train_async.py \
+    --address http://HEAD:8265 \
+    --runtime-env-json '{"env_vars": {"SLIME_PATH": "SLIME", "PYTHONPATH": "SLIME:${PYTHONPATH}"}}' \
+    -- python3 -m megatron_fp8_ext.cli doctor \
+    --every-node \
+    --cluster-gpus 16 \
+    --gpus 8 \
+    --slime \
+    --engine-gpus 0 &&
+ray job submit \
+    --address http://HEAD:8265 \
+    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_SFT_BF16_1.5B_stage2/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "SLIME_PATH": "SLIME", "PYTHONPATH": "SLIME:${PYTHONPATH}"}}' \
+    -- python3 -m megatron_fp8_ext.slime_plugin train_async.py \
     --num-layers 28 \
     --hidden-size 1536 \
     --ffn-hidden-size 8960 \
@@ -58,6 +57,7 @@ ray job submit \
     --use-tensorboard \
     --actor-num-nodes 2 \
     --actor-num-gpus-per-node 8 \
+    --num-gpus-per-node 8 \
     --expert-model-parallel-size 1 \
     --expert-tensor-parallel-size 1 \
     --hf-checkpoint MODEL \
@@ -74,4 +74,5 @@ ray job submit \
     --debug-train-only \
     --use-dynamic-batch-size \
     --max-tokens-per-gpu 32768 \
+    --fp8-recipe bf16 \
     --load exp/InfiR2_SFT_BF16_1.5B_stage2/checkpoints

@@ -102,7 +102,7 @@ export NCCL_NVLS_ENABLE=0
 export NVTE_FP8_BLOCK_SCALING_FP32_SCALES=0
 
 # Preflight on every node: stops here, with the mend, where training would fail.
-"${SRUN[@]}" megatron-fp8 doctor
+"${SRUN[@]}" env SLIME_PATH=SLIME megatron-fp8 doctor --gpus 8
 
 saved() { cat exp/InfiR2_CPT_FP8_7B_decay/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null || echo 0; }
 before=$(saved)

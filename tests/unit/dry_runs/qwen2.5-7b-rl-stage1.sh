@@ -1,21 +1,19 @@
-# preflight of this node: stops here, with the mend, where training would fail
-env SLIME_PATH=SLIME megatron-fp8 doctor \
-    --slime \
-    --hf-checkpoint MODEL \
-    --engine-gpus 4 \
-    --tensor-parallel 4
-# a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); `ray stop` ends it
-ray start \
-    --head \
-    --node-ip-address 127.0.0.1 \
-    --dashboard-host 127.0.0.1 \
-    --dashboard-port 8265 \
-    --num-gpus 8 \
-    --disable-usage-stats
+# preflight of every node of the cluster that has GPUs: stops here, naming node and mend
 ray job submit \
-    --address http://127.0.0.1:8265 \
-    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_RL_FP8_7B_stage1/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:2048", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1", "PYTHONPATH": "SLIME"}}' \
-    -- python3 SLIME/train.py \
+    --address http://HEAD:8265 \
+    --runtime-env-json '{"env_vars": {"SLIME_PATH": "SLIME", "PYTHONPATH": "SLIME:${PYTHONPATH}"}}' \
+    -- python3 -m megatron_fp8_ext.cli doctor \
+    --every-node \
+    --cluster-gpus 32 \
+    --gpus 8 \
+    --slime \
+    --engine-gpus 4 \
+    --hf-checkpoint MODEL \
+    --tensor-parallel 4 &&
+ray job submit \
+    --address http://HEAD:8265 \
+    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_RL_FP8_7B_stage1/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:2048", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1", "SLIME_PATH": "SLIME", "PYTHONPATH": "SLIME:${PYTHONPATH}"}}' \
+    -- python3 -m megatron_fp8_ext.slime_plugin train.py \
     --num-layers 28 \
     --hidden-size 3584 \
     --ffn-hidden-size 18944 \
@@ -60,6 +58,7 @@ ray job submit \
     --use-tensorboard \
     --actor-num-nodes 4 \
     --actor-num-gpus-per-node 8 \
+    --num-gpus-per-node 8 \
     --colocate \
     --expert-model-parallel-size 1 \
     --expert-tensor-parallel-size 1 \
@@ -97,9 +96,7 @@ ray job submit \
     --max-tokens-per-gpu 8192 \
     --rollout-max-response-len 8192 \
     --rollout-temperature 1.0 \
-    --fp8-format e4m3 \
-    --fp8-recipe blockwise \
-    --fp8-param-gather \
+    --fp8-recipe infir2-rl \
     --load exp/InfiR2_RL_FP8_7B_stage1/checkpoints
 mkdir -p exp/InfiR2_RL_FP8_7B_stage1
 cat > exp/InfiR2_RL_FP8_7B_stage1/qwen2.5-7b-rl-stage1.sbatch <<'SBATCH'
@@ -127,7 +124,7 @@ export NVTE_ALLOW_NONDETERMINISTIC_ALGO=1
 export NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1
 
 # Preflight on every node: stops here, with the mend, where training would fail.
-"${SRUN[@]}" env SLIME_PATH=SLIME megatron-fp8 doctor --slime --hf-checkpoint MODEL --engine-gpus 4 --tensor-parallel 4
+"${SRUN[@]}" env SLIME_PATH=SLIME megatron-fp8 doctor --gpus 8 --slime --engine-gpus 4 --hf-checkpoint MODEL --tensor-parallel 4
 
 saved() { cat exp/InfiR2_RL_FP8_7B_stage1/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null || echo 0; }
 before=$(saved)
@@ -144,10 +141,12 @@ srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" ray start --head --block --port=6
 sleep 20
 [ "$SLURM_JOB_NUM_NODES" -eq 1 ] || srun --overlap --nodes=3 --ntasks=3 -x "$HEAD" ray start --block --address="$HEAD_IP:6379" --num-gpus=8 --disable-usage-stats &
 sleep 20
+# Ray fills ${PYTHONPATH} in, on each node.
+# shellcheck disable=SC2016
 srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" ray job submit \
     --address http://127.0.0.1:8265 \
-    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_RL_FP8_7B_stage1/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:2048", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1", "PYTHONPATH": "SLIME"}}' \
-    -- python3 SLIME/train.py \
+    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_RL_FP8_7B_stage1/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:2048", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1", "SLIME_PATH": "SLIME", "PYTHONPATH": "SLIME:${PYTHONPATH}"}}' \
+    -- python3 -m megatron_fp8_ext.slime_plugin train.py \
     --num-layers 28 \
     --hidden-size 3584 \
     --ffn-hidden-size 18944 \
@@ -192,6 +191,7 @@ srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" ray job submit \
     --use-tensorboard \
     --actor-num-nodes 4 \
     --actor-num-gpus-per-node 8 \
+    --num-gpus-per-node 8 \
     --colocate \
     --expert-model-parallel-size 1 \
     --expert-tensor-parallel-size 1 \
@@ -229,9 +229,7 @@ srun --nodes=1 --ntasks=1 --overlap -w "$HEAD" ray job submit \
     --max-tokens-per-gpu 8192 \
     --rollout-max-response-len 8192 \
     --rollout-temperature 1.0 \
-    --fp8-format e4m3 \
-    --fp8-recipe blockwise \
-    --fp8-param-gather \
+    --fp8-recipe infir2-rl \
     --load exp/InfiR2_RL_FP8_7B_stage1/checkpoints &
 job=$!
 wait "$job" || { code=$?; [ "$code" -gt 128 ] && wait "$job"; }

@@ -1,21 +1,19 @@
-# preflight of this node: stops here, with the mend, where training would fail
-env SLIME_PATH=SLIME megatron-fp8 doctor \
-    --slime \
-    --hf-checkpoint MODEL \
-    --engine-gpus 4 \
-    --tensor-parallel 4
-# a Ray of this machine alone, bound to loopback (its job API runs any code it is sent); `ray stop` ends it
-ray start \
-    --head \
-    --node-ip-address 127.0.0.1 \
-    --dashboard-host 127.0.0.1 \
-    --dashboard-port 8265 \
-    --num-gpus 8 \
-    --disable-usage-stats
+# preflight of every node of the cluster that has GPUs: stops here, naming node and mend
 ray job submit \
-    --address http://127.0.0.1:8265 \
-    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_RL_BF16_7B_stage2/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:2048", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "PYTHONPATH": "SLIME"}}' \
-    -- python3 SLIME/train.py \
+    --address http://HEAD:8265 \
+    --runtime-env-json '{"env_vars": {"SLIME_PATH": "SLIME", "PYTHONPATH": "SLIME:${PYTHONPATH}"}}' \
+    -- python3 -m megatron_fp8_ext.cli doctor \
+    --every-node \
+    --cluster-gpus 32 \
+    --gpus 8 \
+    --slime \
+    --engine-gpus 4 \
+    --hf-checkpoint MODEL \
+    --tensor-parallel 4 &&
+ray job submit \
+    --address http://HEAD:8265 \
+    --runtime-env-json '{"env_vars": {"TENSORBOARD_DIR": "exp/InfiR2_RL_BF16_7B_stage2/tensorboard", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:2048", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1", "SLIME_PATH": "SLIME", "PYTHONPATH": "SLIME:${PYTHONPATH}"}}' \
+    -- python3 -m megatron_fp8_ext.slime_plugin train.py \
     --num-layers 28 \
     --hidden-size 3584 \
     --ffn-hidden-size 18944 \
@@ -60,6 +58,7 @@ ray job submit \
     --use-tensorboard \
     --actor-num-nodes 4 \
     --actor-num-gpus-per-node 8 \
+    --num-gpus-per-node 8 \
     --colocate \
     --expert-model-parallel-size 1 \
     --expert-tensor-parallel-size 1 \
@@ -97,4 +96,5 @@ ray job submit \
     --max-tokens-per-gpu 16384 \
     --rollout-max-response-len 16384 \
     --rollout-temperature 1.1 \
+    --fp8-recipe bf16 \
     --load exp/InfiR2_RL_BF16_7B_stage2/checkpoints
