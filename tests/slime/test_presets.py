@@ -51,9 +51,8 @@ def test_slimes_parser_takes_a_preset(tree, name, tmp_path):
     found = plan.build(request.with_set(asked, ["gpus-per-node=4"]), plan.Facts(config=config))
     recipe = found.value("--fp8-recipe")
     words = json.dumps(list(found.argv))
-    done = trees.python(tree, CODE, words, recipe, **found.environment)
-    if "has no attribute 'sglang_data_parallel_size'" in done.stderr:
-        pytest.skip("slime 8359c9a needs the SGLang of its time (0.5.3)")
+    environment = {**found.environment, **trees.engine(tree)}
+    done = trees.python(tree, CODE, words, recipe, **environment)
     assert "ARGS" in done.stdout, done.stderr[-3000:]
     args = json.loads(done.stdout.split("ARGS ")[1].splitlines()[0])
     assert args["custom_megatron_init_path"] == "megatron_fp8_ext.slime_plugin.init"
