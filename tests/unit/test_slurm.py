@@ -67,7 +67,7 @@ def test_a_job_out_of_time_goes_on_as_long_as_it_makes_progress(tmp_path, before
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "requeued").is_file() is requeued
     preflight, training = (tmp_path / "started").read_text().splitlines()
-    assert preflight.endswith("megatron-fp8 doctor")
+    assert preflight.endswith("megatron-fp8 doctor --gpus 8")
     # The first start branches from the stable run, every later one continues its own.
     wanted = f"--load {tracker.parent}" if before else "--load STABLE --ckpt-step 35000"
     assert training.endswith(wanted) and "--rdzv-endpoint node0:29400" in training
