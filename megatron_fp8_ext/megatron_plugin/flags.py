@@ -33,6 +33,7 @@ EMULATE_VARIABLE = "MEGATRON_FP8_EXT_EMULATE"
 OWN_FLAGS = (EMULATE, NO_PARAM_GATHER)
 NATIVE_RECIPES = ("delayed", "tensorwise", "mxfp8", "blockwise", "custom")
 MAIN_PARAMS = "--load-main-params-from-ckpt"
+NO_STREAM = "--no-stream-ckpt-dequant"
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 
 # On the CPU: what Megatron can only do there, and what it can only do on a GPU. None of it changes
@@ -336,15 +337,22 @@ def _main_params(argv: Sequence[str], facts: Facts) -> list[str]:
     come back rounded to FP8, and the run would not start where its BF16 counterpart does.
     """
     layout = facts.checkpoint
-    if layout is None or MAIN_PARAMS not in facts.options or arguments.has(argv, MAIN_PARAMS):
+    if layout is None or MAIN_PARAMS not in facts.options:
         return []
+    # Megatron 0.19 loads each tensor into the FP8 weight by default ("streaming"), and what it then calls
+    # the checkpoint's values are those: the flag alone gives main parameters that lie on FP8's grid.
+    stream = (
+        [NO_STREAM] if NO_STREAM in facts.options and not arguments.has(argv, NO_STREAM) else []
+    )
+    if arguments.has(argv, MAIN_PARAMS):
+        return stream
     weights_alone = layout.iteration == 0 or arguments.first_written(
         argv, ("--no-load-optim", "--finetune")
     )
     if not weights_alone:
         return []
     needed = () if arguments.has(argv, "--no-load-optim") else ("--no-load-optim",)
-    return [*needed, MAIN_PARAMS]
+    return [*needed, MAIN_PARAMS, *stream]
 
 
 def _loads_optimizer_safely(argv: Sequence[str], facts: Facts) -> bool:

@@ -98,3 +98,22 @@ def test_main_parameters_out_of_fp8_buffers(tmp_path):
         fp8.hf_to_fp8(tmp_path / f"bf16 {main}", tmp_path / f"fp8 {main}")
     result = compare.compare(tmp_path / "fp8 True", tmp_path / "fp8 False")
     assert all(row.bitwise for row in result.rows), "values, though codes may be doubled"
+
+
+def test_main_parameters_start_from_the_checkpoints_values(tmp_path):
+    """Weights alone, kept in FP8: FP32 main parameters are the file's, not what FP8 left of them."""
+    pytest.importorskip("transformer_engine.pytorch", reason="needs TransformerEngine")
+    from test_conversion_training import prepare, train
+
+    source = hf_models.make(tmp_path / "hf", hf_models.ALIGNED)
+    tokens = torch.randint(0, 512, (2048,), generator=torch.Generator().manual_seed(1))
+    # A step too small to move a BF16 value.
+    outcome = train(
+        prepare(tmp_path, source, tokens), "infir2", "--no-gradient-accumulation-fusion",
+        "--use-distributed-optimizer", "--lr", "1e-12", "--min-lr", "0", "--train-iters", "1",
+        "--save", str(tmp_path / "save"),
+    )  # fmt: skip
+    assert any("--load-main-params-from-ckpt" in line for line in outcome.said)
+    report = megatron.megatron_to_hf(tmp_path / "save", tmp_path / "back", source)
+    assert "FP32 main parameters" in report.notes[0]
+    assert compare.compare(source, tmp_path / "back").passes(bitwise=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,11 @@ def test_a_start_from_weights_alone_is_not_rounded_to_fp8(iteration, extra, adds
     argv = ["--bf16", DIST, "--load", "ckpt", *extra, *INFIR2]
     new = added(argv, given)
     assert [flag for flag in new if flag in ("--no-load-optim", flags.MAIN_PARAMS)] == adds
+    # Megatron 0.19 would load into the FP8 weights first, and round the main parameters all the same.
+    streams = replace(given, options=given.options | {flags.NO_STREAM})
+    whole = flags.MAIN_PARAMS in (*adds, *extra)
+    assert added(argv, streams) == [*new, *([flags.NO_STREAM] if whole else [])]
+    assert flags.NO_STREAM not in added([*argv, flags.NO_STREAM], streams)
 
 
 @pytest.mark.parametrize(
