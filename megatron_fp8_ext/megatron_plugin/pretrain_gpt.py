@@ -50,6 +50,16 @@ def main(provider: Any = None) -> None:
     except UserError as error:
         raise run.stop(error) from error
     _pretrain(provider or datasets)
+    _flush_events()
+
+
+def _flush_events() -> None:
+    """Write TensorBoard's last events: Megatron flushes before its final evaluation, and exits."""
+    from megatron.training import get_tensorboard_writer
+
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        writer.flush()
 
 
 def _require_megatron() -> None:
