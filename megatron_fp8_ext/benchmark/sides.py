@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_fp8_ext.errors import UserError, unknown_name
+from megatron_fp8_ext.megatron_plugin import linear_loss
 
 # What a side adds to the command that all of them share. `bf16` and `te-blockwise` use Megatron's own flags.
 SIDES: dict[str, tuple[str, ...]] = {
@@ -73,11 +74,14 @@ def _side(name: str) -> Side:
         raise UserError(f"--compare {name}: {' and '.join(losses)} are two losses; drop one")
     for option in options:
         flags += OPTIONS[option]
-    if losses:
-        loss = "Megatron's native fusion" if losses[0] == "native-ce" else losses[0]
-    else:
-        fused = base == "infir2" and "unfused" not in options
-        loss = "one-pass" if fused else "Megatron's default"
-    if loss == "full-logits":
-        loss = "Megatron's default"
-    return Side(name, tuple(flags), loss)
+    return Side(name, tuple(flags), _loss(base, options, flags))
+
+
+def _loss(base: str, options: list[str], flags: list[str]) -> str:
+    """Name the cross-entropy that the plugin will take for these flags."""
+    if "native-ce" in options:
+        return "Megatron's native fusion"
+    argv, asked = linear_loss.take(flags)
+    fused = base == "infir2" and "unfused" not in options
+    chosen = linear_loss.chosen(asked, argv, fused)
+    return "Megatron's default" if chosen == "off" else chosen

@@ -53,8 +53,6 @@ _TileArguments = _struct(
 _NormArguments = _struct(
     "NormArguments", "x dy gain rstd row_codes row_scales kept dx dweight", "rows row_stride", "eps"
 )
-
-
 _RopeArguments = _struct("RopeArguments", "qkv q k v cosine sine", "groups queries batch")
 
 

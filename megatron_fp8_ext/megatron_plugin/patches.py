@@ -214,7 +214,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         module="megatron.core.models.gpt.gpt_model",
         symbol="GPTModel._postprocess",
-        reason="head and loss together in slices of the vocabulary, without full logits",
+        reason="head and loss together, in slices, without full logits",
         versions="0.14-0.19",
         delete_when="Megatron has a linear cross-entropy for tensor-parallel vocabularies",
         when="linear loss",

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from megatron_fp8_ext.kernels.cast import BlockCast
+from megatron_fp8_ext.megatron_plugin.te_tensor import binding
 
 
 @functools.cache
 def _te() -> Any:
     """What is used of TransformerEngine, looked up once: this runs for every GEMM."""
-    import transformer_engine.pytorch  # noqa: F401  (loads what the next one links to)
-    import transformer_engine_torch as tex
+    tex = binding()
     from transformer_engine.pytorch.cpp_extensions import general_gemm
     from transformer_engine.pytorch.module.base import quantize_weight
     from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage

@@ -10,10 +10,17 @@ from megatron_fp8_ext.kernels.cast import BlockCast
 from megatron_fp8_ext.recipe import ScaleFormat
 
 
+def binding() -> Any:
+    """TransformerEngine's C++ binding; its package loads the library that it links to."""
+    import transformer_engine.pytorch  # noqa: F401
+    import transformer_engine_torch
+
+    return transformer_engine_torch
+
+
 def quantizer(scale_format: ScaleFormat, square: bool) -> Any:
     """Return TransformerEngine's quantizer of the recipe: E4M3, 1x128 or 128x128 blocks."""
-    import transformer_engine.pytorch  # noqa: F401  (loads what the next one links to)
-    import transformer_engine_torch as tex
+    tex = binding()
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
 
     return Float8BlockQuantizer(
@@ -27,8 +34,7 @@ def quantizer(scale_format: ScaleFormat, square: bool) -> Any:
 
 def blockwise(cast: BlockCast, scale_format: ScaleFormat, dtype: torch.dtype) -> Any:
     """Wrap a cast as a `Float8BlockwiseQTensor` of nominal `dtype`, without a copy."""
-    import transformer_engine.pytorch  # noqa: F401  (loads what the next one links to)
-    import transformer_engine_torch as tex
+    tex = binding()
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
 
     rows, columns = cast.rows, cast.columns
@@ -67,17 +73,11 @@ def gemm(weight: Any, x: Any, layout: str = "TN", out_dtype: torch.dtype = torch
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """TransformerEngine's SwiGLU of `[M, 2F]`, not cast."""
-    import transformer_engine.pytorch  # noqa: F401  (loads what the next one links to)
-    import transformer_engine_torch as tex
-
-    y: torch.Tensor = tex.swiglu(x, None)
+    y: torch.Tensor = binding().swiglu(x, None)
     return y
 
 
 def swiglu_backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """TransformerEngine's gradient of SwiGLU's input, not cast."""
-    import transformer_engine.pytorch  # noqa: F401  (loads what the next one links to)
-    import transformer_engine_torch as tex
-
-    dx: torch.Tensor = tex.dswiglu(dy, x, None)
+    dx: torch.Tensor = binding().dswiglu(dy, x, None)
     return dx

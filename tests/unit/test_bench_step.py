@@ -27,6 +27,9 @@ def test_sides():
     off = ("--linear-cross-entropy", "off")
     assert plain.flags == ("--fp8-recipe", "infir2", *off, "--no-infir2-fused")
     assert plain.loss == "Megatron's default"
+    assert sides.parse("infir2+graphs")[0].loss == "chunked", (
+        "the host may not look at a captured loss"
+    )
     (native,) = sides.parse("infir2+native-ce")
     assert "--linear-cross-entropy" not in native.flags and "native" in native.loss
 
