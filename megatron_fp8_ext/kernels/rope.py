@@ -1,7 +1,7 @@
 """QKV split into queries, keys and values and rotated, in one pass each way (`hopper_rope.cu`).
 
-TransformerEngine's kernel for it computes the sine of every angle in every layer and reaches 1.3 of an H100's
-3.0 TB/s; here sines and cosines are computed once for all layers. Rotation of whole heads, the first half
+TransformerEngine's kernel for it computes the sine of every angle in every layer; here sines and cosines are
+computed once for all layers. Rotation of whole heads, the first half
 with the second (Megatron's default), computed in FP32 and rounded to BF16 once.
 """
 
