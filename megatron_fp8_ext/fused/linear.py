@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_fp8_ext.fused import residual
 from megatron_fp8_ext.fused.gemm import Gemm, Weight
 from megatron_fp8_ext.fused.parallel import Parallel
 from megatron_fp8_ext.kernels import main_grad
-from megatron_fp8_ext.kernels.cast import BlockCast, cast_1x128
+from megatron_fp8_ext.kernels.cast import BlockCast, cast_1x128, cast_1x128_and_sum
 from megatron_fp8_ext.kernels.rmsnorm import (
     rmsnorm_backward_cast,
     rmsnorm_cast,
@@ -96,7 +97,8 @@ def norm_linear(
         `[..., N]` BF16, of all tokens.
     """
     if torch.is_grad_enabled():
-        out: Tensor = _NormLinear.apply(x, gain, linear.parameter, bias, eps, linear, setup)
+        branch = residual.offer(x)
+        out: Tensor = _NormLinear.apply(x, gain, linear.parameter, bias, eps, linear, setup, branch)
         return out
     return _norm_linear(flat(x), gain, eps, linear, bias, setup)[0].view(
         -1, *x.shape[1:-1], linear.parameter.shape[0]
@@ -122,11 +124,13 @@ class _NormLinear(torch.autograd.Function):
         eps: float,
         linear: Linear,
         setup: Setup,
+        branch: residual.Branch | None,
     ) -> Tensor:
         matrix = flat(x)
         y, rstd = _norm_linear(matrix, gain, eps, linear, bias, setup)
         ctx.save_for_backward(matrix, gain, rstd)
         ctx.linear, ctx.setup, ctx.shape, ctx.has_bias = linear, setup, x.shape, bias is not None
+        ctx.branch = branch
         # Under sequence parallelism the first dimension grows to that of all tokens.
         return y.view(-1, *x.shape[1:-1], y.shape[-1])
 
@@ -134,14 +138,17 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, rstd = ctx.saved_tensors
         setup: Setup = ctx.setup
-        dy = flat(grad)
-        dy_cast = cast_1x128(dy, setup.scale_format)
-        db = dy.sum(dim=0) if ctx.has_bias else None
+        dy, db = flat(grad), None
+        if ctx.has_bias:
+            dy_cast, total = cast_1x128_and_sum(dy, setup.scale_format)
+            db = total.to(dy.dtype)
+        else:
+            dy_cast = cast_1x128(dy, setup.scale_format)
         del dy, grad
         dx, dgain, dw = norm_column_backward(
-            x, gain, rstd, dy_cast, ctx.linear, setup, ctx.needs_input_grad[2]
+            x, gain, rstd, dy_cast, ctx.linear, setup, ctx.needs_input_grad[2], ctx.branch
         )
-        return dx.view(ctx.shape), dgain, dw, db, None, None, None
+        return dx.view(ctx.shape), dgain, dw, db, None, None, None, None
 
 
 def norm_column_backward(
@@ -152,8 +159,11 @@ def norm_column_backward(
     linear: Linear,
     setup: Setup,
     want_weight: bool,
+    branch: residual.Branch | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Backward of RMSNorm and the column-parallel linear layer after it, from the cast of dy.
+
+    What `branch` brings of the residual stream is added to the gradient of `x`.
 
     Returns:
         (gradient of `x`, of the norm's weight in its dtype, of the linear layer's weight).
@@ -165,7 +175,14 @@ def norm_column_backward(
         dw = linear.gradient(setup.gemm, normed, dy)
         del normed
     gradients = rmsnorm_backward_cast(
-        dn, x, gain, rstd, setup.scale_format, rows=False, columns=False
+        dn,
+        x,
+        gain,
+        rstd,
+        setup.scale_format,
+        residual=None if branch is None else branch.take(),
+        rows=False,
+        columns=False,
     )
     return gradients.dx, gradients.dweight.to(gain.dtype), dw
 

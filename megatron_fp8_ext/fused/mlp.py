@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_fp8_ext.fused import residual
 from megatron_fp8_ext.fused.linear import Linear, Setup, flat, norm_column_backward
 from megatron_fp8_ext.kernels.cast import cast_1x128
 from megatron_fp8_ext.kernels.rmsnorm import rmsnorm_cast
@@ -48,7 +49,8 @@ def mlp(x: Tensor, gain: Tensor, block: Block) -> Tensor:
         block: the layers.
     """
     if torch.is_grad_enabled():
-        out: Tensor = _MLP.apply(x, gain, block.fc1.parameter, block.fc2.parameter, block)
+        branch = residual.offer(x)
+        out: Tensor = _MLP.apply(x, gain, block.fc1.parameter, block.fc2.parameter, block, branch)
         return out
     return _forward(flat(x), gain, block, keep=False)[0].view(x.shape)
 
@@ -69,12 +71,18 @@ def _forward(
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gain: Tensor, weight1: Tensor, weight2: Tensor, block: Block
+        ctx: Any,
+        x: Tensor,
+        gain: Tensor,
+        weight1: Tensor,
+        weight2: Tensor,
+        block: Block,
+        branch: residual.Branch | None,
     ) -> Tensor:
         matrix = flat(x)
         y, rstd, kept = _forward(matrix, gain, block, keep=True)
         ctx.save_for_backward(matrix, gain, rstd, *kept)
-        ctx.block, ctx.shape = block, x.shape
+        ctx.block, ctx.shape, ctx.branch = block, x.shape, branch
         return y.view(x.shape)
 
     @staticmethod
@@ -95,5 +103,7 @@ class _MLP(torch.autograd.Function):
             dw2 = block.fc2.gradient(setup.gemm, inner.y, dy)
         da = inner.cast
         del dy, inner
-        dx, dgain, dw1 = norm_column_backward(x, gain, rstd, da, block.fc1, setup, want1)
-        return dx.view(ctx.shape), dgain, dw1, dw2, None
+        dx, dgain, dw1 = norm_column_backward(
+            x, gain, rstd, da, block.fc1, setup, want1, ctx.branch
+        )
+        return dx.view(ctx.shape), dgain, dw1, dw2, None, None

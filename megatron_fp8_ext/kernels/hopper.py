@@ -47,11 +47,14 @@ def _struct(name: str, pointers: str, integers: str, floats: str = "") -> type[c
 _TileArguments = _struct(
     "TileArguments",
     "x dy gain rstd row_codes row_scales column_codes column_scales y_codes y_scales kept "
-    "stash_codes stash_scales",
+    "stash_codes stash_scales totals",
     "rows columns row_stride column_stride y_stride",
 )
 _NormArguments = _struct(
-    "NormArguments", "x dy gain rstd row_codes row_scales kept dx dweight", "rows row_stride", "eps"
+    "NormArguments",
+    "x dy gain rstd row_codes row_scales kept past dx dweight",
+    "rows row_stride",
+    "eps",
 )
 _RopeArguments = _struct("RopeArguments", "qkv q k v cosine sine", "groups queries batch")
 
@@ -83,7 +86,13 @@ def reason(device: int) -> str | None:
 
 
 def tile_macros(
-    source: str, rows: bool, columns: bool, power_of_two: bool, keep: bool, stash: bool
+    source: str,
+    rows: bool,
+    columns: bool,
+    power_of_two: bool,
+    keep: bool,
+    stash: bool,
+    total: bool = False,
 ) -> Macros:
     """The macros of hopper_tiles.cu."""
     return (
@@ -93,6 +102,7 @@ def tile_macros(
         ("POWER_OF_TWO", int(power_of_two)),
         ("KEEP", int(keep)),
         ("STASH", int(stash)),
+        ("TOTAL", int(total)),
         ("BLOCKS", BACKWARD_PROGRAMS if "backward" in source else PROGRAMS),
     )
 
@@ -104,13 +114,16 @@ def tile_shared(source: str, stash: bool) -> int:
     return BLOCK * BLOCK * (2 + 2 * (1 if stash else 2))
 
 
-def norm_macros(hidden: int, backward: bool, power_of_two: bool, keep: bool) -> Macros:
+def norm_macros(
+    hidden: int, backward: bool, power_of_two: bool, keep: bool, residual: bool
+) -> Macros:
     """The macros of hopper_norm.cu."""
     return (
         ("COLUMNS", hidden),
         ("BACKWARD", int(backward)),
         ("POWER_OF_TWO", int(power_of_two)),
         ("KEEP", int(keep)),
+        ("RESIDUAL", int(residual)),
     )
 
 
@@ -138,17 +151,24 @@ def _kernel(device: int, file: str, macros: Macros, shared: int = 0) -> nvrtc.Ke
 
 @functools.cache
 def _tile_kernel(
-    device: int, source: str, rows: bool, columns: bool, power_of_two: bool, keep: bool, stash: bool
+    device: int,
+    source: str,
+    rows: bool,
+    columns: bool,
+    power_of_two: bool,
+    keep: bool,
+    stash: bool,
+    total: bool,
 ) -> nvrtc.Kernel:
-    macros = tile_macros(source, rows, columns, power_of_two, keep, stash)
+    macros = tile_macros(source, rows, columns, power_of_two, keep, stash, total)
     return _kernel(device, _TILES, macros, tile_shared(source, stash))
 
 
 @functools.cache
 def _norm_kernel(
-    device: int, hidden: int, backward: bool, power_of_two: bool, keep: bool
+    device: int, hidden: int, backward: bool, power_of_two: bool, keep: bool, residual: bool
 ) -> nvrtc.Kernel:
-    return _kernel(device, _NORM, norm_macros(hidden, backward, power_of_two, keep))
+    return _kernel(device, _NORM, norm_macros(hidden, backward, power_of_two, keep, residual))
 
 
 def _launch(
@@ -174,6 +194,7 @@ def run(
     y: BlockCast | None = None,
     kept: Tensor | None = None,
     stash: Stash | None = None,
+    totals: Tensor | None = None,
 ) -> None:
     """Launch one kernel.
 
@@ -189,6 +210,7 @@ def run(
         y: where the column-wise cast of SwiGLU's result goes, for its backward.
         kept: where the tile itself goes.
         stash: where SwiGLU's input goes in 8 bits, or for its backward comes from instead of `x`.
+        totals: `[rows / 128, columns]` FP32, where the sums of each tile's columns go.
     """
     rows, columns = size
     made: Any = _TileArguments(rows=rows, columns=columns, x=x.data_ptr())
@@ -210,6 +232,8 @@ def run(
         made.kept = kept.data_ptr()
     if stash is not None:
         made.stash_codes, made.stash_scales = stash.codes.data_ptr(), stash.scales.data_ptr()
+    if totals is not None:
+        made.totals = totals.data_ptr()
     device = x.device.index
     found = _tile_kernel(
         device,
@@ -219,6 +243,7 @@ def run(
         power_of_two,
         kept is not None,
         stash is not None,
+        totals is not None,
     )
     _launch(found, device, (columns // BLOCK, rows // BLOCK), THREADS, made)
 
@@ -254,20 +279,28 @@ def norm_rows(
     if kept is not None:
         made.kept = kept.data_ptr()
     device = x.device.index
-    found = _norm_kernel(device, hidden, False, power_of_two, kept is not None)
+    found = _norm_kernel(device, hidden, False, power_of_two, kept is not None, False)
     _launch(found, device, (-(-rows // 8), 1), THREADS, made)
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, dx: Tensor, programs: int
+    dy: Tensor,
+    x: Tensor,
+    gain: Tensor,
+    rstd: Tensor,
+    dx: Tensor,
+    programs: int,
+    residual: Tensor | None,
 ) -> Tensor:
-    """RMSNorm's backward into `dx`; returns the weight's gradient of each program, FP32."""
+    """RMSNorm's backward plus `residual` into `dx`; returns the weight's gradient of each program, FP32."""
     rows, hidden = x.shape
     dweight = torch.empty((programs, hidden), dtype=torch.float32, device=x.device)
     made: Any = _NormArguments(rows=rows, x=x.data_ptr(), dy=dy.data_ptr(), gain=gain.data_ptr())
     made.rstd, made.dx, made.dweight = rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr()
     device = x.device.index
-    found = _norm_kernel(device, hidden, True, True, False)
+    if residual is not None:
+        made.past = residual.data_ptr()
+    found = _norm_kernel(device, hidden, True, True, False, residual is not None)
     _launch(found, device, (programs, 1), norm_threads(hidden), made)
     return dweight
 

@@ -1,13 +1,15 @@
 // RMSNorm of BF16 rows: forward with the row-wise E4M3 cast of its result, and backward. Forms of the Triton kernels
 // in rmsnorm.py for rows of whole 128-column blocks. After hopper.cuh. Macros from hopper.py: COLUMNS (of a row),
-// POWER_OF_TWO, KEEP (store the BF16 result too), BACKWARD.
+// POWER_OF_TWO, KEEP (store the BF16 result too), BACKWARD, RESIDUAL (add `past` to the backward's result).
 
 struct Arguments {
   const u16 *x, *dy, *gain;
   float *rstd;
   u8 *row_codes;
   float *row_scales;
-  u16 *kept, *dx;
+  u16 *kept;
+  const u16 *past;
+  u16 *dx;
   float *dweight;
   int rows, row_stride;
   float eps;
@@ -95,9 +97,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) rmsnorm_rows(const Argu
   size_t at = (size_t)row * COLUMNS + column;
   uint4 next_dy = inside ? __ldg((const uint4 *)(a.dy + at)) : none;
   uint4 next_x = inside ? __ldg((const uint4 *)(a.x + at)) : none;
+#if RESIDUAL
+  uint4 next_past = inside ? __ldg((const uint4 *)(a.past + at)) : none;
+#endif
   float next_inverse = __ldg(a.rstd + row);
   for (int turn = 0; row < a.rows; turn ^= 1) {
     const uint4 dy = next_dy, x = next_x;
+#if RESIDUAL
+    const uint4 past = next_past;
+#endif
     const float inverse = next_inverse;
     const size_t here = at;
     row += gridDim.x;
@@ -105,6 +113,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) rmsnorm_rows(const Argu
     if (row < a.rows) {
       next_dy = inside ? __ldg((const uint4 *)(a.dy + at)) : none;
       next_x = inside ? __ldg((const uint4 *)(a.x + at)) : none;
+#if RESIDUAL
+      next_past = inside ? __ldg((const uint4 *)(a.past + at)) : none;
+#endif
       next_inverse = __ldg(a.rstd + row);
     }
     float normal[8], scaled[8], sum = 0.0f;
@@ -126,7 +137,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) rmsnorm_rows(const Argu
     uint4 out;
     float result[8];
 #pragma unroll
-    for (int j = 0; j < 8; j++) result[j] = inverse * (scaled[j] - normal[j] * mean);
+    for (int j = 0; j < 8; j++) {
+      result[j] = inverse * (scaled[j] - normal[j] * mean);
+#if RESIDUAL
+      result[j] += j & 1 ? high(OF(past, j / 2)) : low(OF(past, j / 2));
+#endif
+    }
     out.x = round_pair(result[0], result[1]);
     out.y = round_pair(result[2], result[3]);
     out.z = round_pair(result[4], result[5]);

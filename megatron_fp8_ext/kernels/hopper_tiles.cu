@@ -6,7 +6,8 @@
 // codes go through shared memory once, whose 8-byte slots are permuted so that no two threads of a half warp meet.
 //
 // After hopper.cuh. Macros from hopper.py: SOURCE (what makes the tile), ROWS, COLUMNS, POWER_OF_TWO, KEEP (store the tile too),
-// STASH (SwiGLU's input in 8 bits, stash.py: its forward writes that, its backward reads it).
+// STASH (SwiGLU's input in 8 bits, stash.py: its forward writes that, its backward reads it), TOTAL (the sums of a plain
+// tile's columns too, FP32).
 
 #define PLAIN 0
 #define SWIGLU 1
@@ -26,6 +27,7 @@ struct Arguments {
   u16 *kept;
   u8 *stash_codes;
   u16 *stash_scales;
+  float *totals;
   int rows, columns;  // of the tiles' matrix; with SwiGLU's backward `columns` is F, that of one half
   int row_stride, column_stride, y_stride;
 };
@@ -138,6 +140,33 @@ __device__ __forceinline__ void store_columns(const Tile &tile, const Place &at,
     *(uint4 *)(codes + ((size_t)at.tile_k * 128 + column) * rows + at.tile_m * 128 + part * 16) = word;
   }
 }
+
+#if TOTAL
+__device__ __forceinline__ void sum_columns(const Tile &tile, const Place &at, float *totals, int columns) {
+  __shared__ float4 partial[8][32];  // [warp][column]
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const u32 pair = tile.pair[i][half * 2 + j / 2];
+        sum[j] += j & 1 ? high(pair) : low(pair);
+      }
+      sum[j] += __shfl_xor_sync(~0u, sum[j], 16);
+    }
+    if (at.lane < 16) partial[at.warp][at.lane * 2 + half] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < 8; w++) total += ((const float *)partial[w])[threadIdx.x];
+    totals[(size_t)at.tile_m * columns + at.tile_k * 128 + threadIdx.x] = total;
+  }
+}
+#endif
 
 __device__ __forceinline__ uint4 eight(const u16 *matrix, const Place &at, int i, int columns) {
   size_t row = (size_t)at.tile_m * 128 + at.first_row + i;
@@ -325,6 +354,9 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) cast_tiles(const Argum
 #pragma unroll
     for (int p = 0; p < 4; p++) tile.pair[i][p] = OF(x, p);
   }
+#if TOTAL
+  sum_columns(tile, at, a.totals, a.columns);
+#endif
   store(tile, at, a, a.columns);
 #elif SOURCE == SWIGLU
   const Place at(blockIdx.y, blockIdx.x);

@@ -278,10 +278,10 @@ def rmsnorm_backward_cast(
             raise ValueError(f"RMSNorm's {name} must be [{m}, {h}], got {tuple(tensor.shape)}")
     out = cast.allocate(m, h, x.device, (rows, False))
     dx = torch.empty((m, h), dtype=torch.bfloat16, device=x.device)
-    if residual is None and not rows and not columns and hopper.takes_norm(x, weight):
+    if not rows and not columns and hopper.takes_norm(x, weight):
         # As many programs as its registers leave room for on the GPU.
         room = _processors(x.device) * max(1, 1024 // hopper.norm_threads(h))
-        partial = hopper.norm_backward(dy, x, weight, rstd, dx, min(m, room))
+        partial = hopper.norm_backward(dy, x, weight, rstd, dx, min(m, room), residual)
         return NormGradients(dx, partial.sum(dim=0), out)
     warps = max(1, min(16, width // 256))
     programs = max(1, min(m, _processors(x.device) * (_BACKWARD_WARPS_PER_SM // warps)))

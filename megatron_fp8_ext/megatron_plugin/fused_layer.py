@@ -117,7 +117,7 @@ def residual_add(module: ModuleType) -> None:
     """Patch `get_bias_dropout_add` of `megatron.core.fusions.fused_bias_dropout`.
 
     Without a bias and without dropout what is left is one sum, the same bits; compiled by torch it costs the
-    host more than the GPU, forward and backward.
+    host more than the GPU. Its gradient is added in the fused norm's backward (`fused.residual`).
     """
     native = module.get_bias_dropout_add
 
@@ -130,10 +130,12 @@ def residual_add(module: ModuleType) -> None:
         def add(x_with_bias: Any, residual: Any, prob: float) -> Any:
             x, bias = x_with_bias
             plain = bias is None and x.dtype == residual.dtype and (prob == 0.0 or not training)
-            # Megatron's writes into its input where nothing is trained.
-            return (
-                residual + x if plain and x.requires_grad else chosen(x_with_bias, residual, prob)
-            )
+            if not plain or not x.requires_grad:
+                # Megatron's writes into its input where nothing is trained.
+                return chosen(x_with_bias, residual, prob)
+            from megatron_fp8_ext.fused import residual as stream
+
+            return stream.add(x, residual)
 
         return add
 

@@ -15,7 +15,7 @@ from test_kernel_fusions import same_stash  # noqa: E402
 
 from megatron_fp8_ext.fp8 import reference  # noqa: E402
 from megatron_fp8_ext.kernels import hopper, rmsnorm, rope, stash, swiglu  # noqa: E402
-from megatron_fp8_ext.kernels.cast import cast_1x128  # noqa: E402
+from megatron_fp8_ext.kernels.cast import cast_1x128, cast_1x128_and_sum  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 WAYS = ((True, True), (True, False), (False, True))
@@ -65,6 +65,19 @@ def tiled(x):
 def test_edge_cases(case, scale_format, way):
     x = tiled(edge_cases()[case])
     same(cast_1x128(x, scale_format, *way), cast_1x128(x, scale_format, *way, warps=8))
+
+
+@pytest.mark.parametrize("m, k", [(128, 128), (16384, 2048), (384, 640)])
+def test_cast_and_sum_of_columns(m, k):
+    torch.manual_seed(0)
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16) * torch.logspace(-6, 2, k).cuda()
+    x = x.bfloat16()
+    got, total = cast_1x128_and_sum(x, "power_of_two")
+    same(got, cast_1x128(x, "power_of_two"))
+    want = x.double()
+    assert total.dtype == torch.float32
+    assert ((total - want.sum(dim=0)).abs() <= 1e-6 * want.abs().sum(dim=0)).all()
+    assert torch.equal(total, cast_1x128_and_sum(x, "power_of_two")[1])
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)
@@ -196,6 +209,15 @@ def test_rmsnorm_backward(m, h):
     near = (got.dx.double() - dx).abs() <= 2.0**-8 * dx.abs() + 1e-6 * dy.double().abs().max()
     assert near.all()
     torch.testing.assert_close(got.dweight.double(), dgain, rtol=1e-4, atol=1e-5)
+    # With what reaches x past the norm, rounded once.
+    past = torch.randn(m, h, device="cuda", dtype=torch.bfloat16) * 1e-3
+    summed = rmsnorm.rmsnorm_backward_cast(
+        dy, x, gain, rstd, "power_of_two", residual=past, rows=False, columns=False
+    )
+    assert torch.equal(summed.dweight, got.dweight)
+    want = dx + past.double()
+    slack = 2.0**-8 * want.abs() + 1e-6 * dy.double().abs().max()
+    assert ((summed.dx.double() - want).abs() <= slack).all()
     # NaN stays in its row, and reaches the weight.
     dy[0, 3] = float("nan")
     spoiled = backward()

@@ -75,9 +75,11 @@ def test_cuda_kernels_compile_for_hopper(power_of_two):
         stash = power_of_two and "swiglu" in source
         macros = hopper.tile_macros(source, True, True, power_of_two, True, stash)
         assert hopper.compile_kernel("hopper_tiles.cu", macros)[:4] == b"\x7fELF"
+    summed = hopper.tile_macros("plain", True, True, power_of_two, False, False, total=True)
+    assert hopper.compile_kernel("hopper_tiles.cu", summed)[:4] == b"\x7fELF"
     for hidden in (896, 1536, hopper.MAX_HIDDEN):
         for backward in (False, True):
-            macros = hopper.norm_macros(hidden, backward, power_of_two, not backward)
+            macros = hopper.norm_macros(hidden, backward, power_of_two, not backward, backward)
             assert hopper.compile_kernel("hopper_norm.cu", macros)[:4] == b"\x7fELF"
         rope = hopper.rope_macros(128, bool(power_of_two))
         assert hopper.compile_kernel("hopper_rope.cu", rope)[:4] == b"\x7fELF"

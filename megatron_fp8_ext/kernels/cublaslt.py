@@ -1,0 +1,325 @@
+"""cuBLASLt's block-scaled FP8 product, called directly.
+
+TransformerEngine makes the same call, but takes what cuBLASLt's heuristic offers first and asks it again for every
+product; here the algorithm is chosen once for a shape, by a fixed rule (`_RULES`), so the same shape runs the same
+kernel in every process. Needs cuBLAS 12.9 and a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_fp8_ext.kernels.cast import Operand
+
+WORKSPACE_BYTES = 32 * 2**20  # what cuBLAS asks for on Hopper, and TransformerEngine gives
+OFFERED = 64
+
+# Numbers of cublasLt.h and library_types.h.
+_COMPUTE_32F, _R_32F, _R_16BF, _R_8F_E4M3 = 68, 0, 14, 28
+_TRANSA, _EPILOGUE, _BIAS_POINTER, _BIAS_TYPE = 3, 7, 8, 26
+_A_SCALE, _B_SCALE, _FAST_ACCUM, _A_SCALE_MODE, _B_SCALE_MODE = 17, 18, 25, 31, 32
+_VEC128, _BLK128X128 = 4, 5
+_OP_T, _EPILOGUE_BIAS = 1, 4
+_PREFER_WORKSPACE, _PREFER_ALIGNMENT_A = 1, 5
+_CONFIG = {"algorithm": 0, "tile": 1, "split_k": 2, "swizzle": 4, "stages": 6, "inner": 7}
+_CLUSTER = 8
+_TYPES = {torch.bfloat16: _R_16BF, torch.float32: _R_32F}
+
+
+class CublasError(RuntimeError):
+    """cuBLASLt refused; the message names the call and its status."""
+
+
+class Problem(NamedTuple):
+    """What an algorithm is chosen for: D = B A^T, `[n, m]`.
+
+    Attributes:
+        m, n: rows of A and of B.
+        k: columns of both.
+        square: A has scales of 128x128 blocks (a weight), not 1x128.
+        dtype: of D.
+        accumulate: D is added to.
+        bias: one BF16 value for each row of A is added.
+        alignment: of the pointers to A, B and D, bytes, at most 256.
+    """
+
+    m: int
+    n: int
+    k: int
+    square: bool
+    dtype: torch.dtype
+    accumulate: bool
+    bias: bool
+    alignment: tuple[int, int, int]
+
+
+class _Algorithm(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_uint64 * 8)]
+
+
+class _Result(ctypes.Structure):
+    _fields_ = [
+        ("algorithm", _Algorithm),
+        ("workspace", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    ]
+
+
+@functools.cache
+def _library() -> Any:
+    major = str(torch.version.cuda).split(".")[0]
+    # PyDLL: the calls are short, and letting the GIL go would only let another thread in between them.
+    library = ctypes.PyDLL(f"libcublasLt.so.{major}")
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    library.cublasLtMatmul.argtypes = [*[pointer] * 14, size, pointer]
+    library.cublasLtMatmulDescSetAttribute.argtypes = [pointer, ctypes.c_int, pointer, size]
+    library.cublasLtMatrixLayoutCreate.argtypes = [
+        pointer, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64,
+    ]  # fmt: skip
+    library.cublasLtMatmulAlgoConfigGetAttribute.argtypes = [
+        pointer, ctypes.c_int, pointer, size, pointer,
+    ]  # fmt: skip
+    library.cublasLtMatmulAlgoGetHeuristic.argtypes = [
+        *[pointer] * 7, ctypes.c_int, pointer, pointer,
+    ]  # fmt: skip
+    library.cublasLtMatmulPreferenceSetAttribute.argtypes = [pointer, ctypes.c_int, pointer, size]
+    return library
+
+
+def _check(call: str, code: int) -> None:
+    if code:
+        library = _library()
+        library.cublasLtGetStatusString.restype = ctypes.c_char_p
+        library.cublasLtGetStatusString.argtypes = [ctypes.c_int]
+        raise CublasError(f"{call}: {library.cublasLtGetStatusString(code).decode()} ({code})")
+
+
+@functools.cache
+def _handle(device: int) -> ctypes.c_void_p:
+    handle = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.cuda.current_blas_handle()  # the context, current in this thread
+        _check("cublasLtCreate", _library().cublasLtCreate(ctypes.byref(handle)))
+    return handle
+
+
+@functools.cache
+def _workspace(device: int, stream: int) -> Tensor:
+    """A product's scratch space: one for a stream, whose products follow each other."""
+    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=f"cuda:{device}")
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An algorithm that cuBLASLt offers for a problem.
+
+    Attributes:
+        place: in its order, best first.
+        config: its numbers of the algorithm, tile, split of k, swizzle, stages, inner shape and cluster.
+        waves: how often the GPU is filled.
+    """
+
+    place: int
+    config: dict[str, int]
+    waves: float
+
+
+class _Plan:
+    """Descriptors and algorithm for one problem in one thread, which alone sets their pointers."""
+
+    def __init__(self, problem: Problem, device: int) -> None:
+        library = _library()
+        self.problem, self.handle = problem, _handle(device)
+        self.description = ctypes.c_void_p()
+        _check(
+            "cublasLtMatmulDescCreate",
+            library.cublasLtMatmulDescCreate(
+                ctypes.byref(self.description), _COMPUTE_32F, _R_32F
+            ),
+        )
+        integer = ctypes.c_int32
+        self._set(_TRANSA, integer(_OP_T))
+        self._set(_A_SCALE_MODE, integer(_BLK128X128 if problem.square else _VEC128))
+        self._set(_B_SCALE_MODE, integer(_VEC128))
+        self._set(_FAST_ACCUM, ctypes.c_int8(0))
+        if problem.bias:
+            self._set(_EPILOGUE, integer(_EPILOGUE_BIAS))
+            self._set(_BIAS_TYPE, integer(_R_16BF))
+        self.a = self._layout(_R_8F_E4M3, problem.k, problem.m)
+        self.b = self._layout(_R_8F_E4M3, problem.k, problem.n)
+        self.d = self._layout(_TYPES[problem.dtype], problem.m, problem.n)
+        self.alpha = ctypes.c_float(1.0)
+        self.beta = ctypes.c_float(1.0 if problem.accumulate else 0.0)
+        self.pointer = ctypes.c_void_p()
+        self.by_pointer = ctypes.byref(self.pointer)
+        self.found = self._offered()
+        self.algorithm = self.found[choose(problem, self.offers())].algorithm
+
+    def _set(self, attribute: int, value: Any) -> None:
+        _check(
+            f"cublasLtMatmulDescSetAttribute {attribute}",
+            _library().cublasLtMatmulDescSetAttribute(
+                self.description, attribute, ctypes.byref(value), ctypes.sizeof(value)
+            ),
+        )
+
+    def point(self, attribute: int, address: int) -> None:
+        """Set one of the description's pointers."""
+        self.pointer.value = address
+        if _library().cublasLtMatmulDescSetAttribute(
+            self.description, attribute, self.by_pointer, 8
+        ):
+            raise CublasError(f"cublasLtMatmulDescSetAttribute {attribute}")
+
+    def _layout(self, dtype: int, rows: int, columns: int) -> ctypes.c_void_p:
+        layout = ctypes.c_void_p()
+        _check(
+            "cublasLtMatrixLayoutCreate",
+            _library().cublasLtMatrixLayoutCreate(
+                ctypes.byref(layout), dtype, rows, columns, rows
+            ),
+        )
+        return layout
+
+    def _offered(self) -> list[_Result]:
+        library = _library()
+        preference = ctypes.c_void_p()
+        _check(
+            "cublasLtMatmulPreferenceCreate",
+            library.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)),
+        )
+        try:
+            wishes: list[tuple[int, Any]] = [(_PREFER_WORKSPACE, ctypes.c_uint64(WORKSPACE_BYTES))]
+            a, b, d = self.problem.alignment
+            for place, bytes_ in enumerate((a, b, d, d)):
+                wishes.append((_PREFER_ALIGNMENT_A + place, ctypes.c_uint32(bytes_)))
+            for attribute, value in wishes:
+                _check(
+                    f"cublasLtMatmulPreferenceSetAttribute {attribute}",
+                    library.cublasLtMatmulPreferenceSetAttribute(
+                        preference, attribute, ctypes.byref(value), ctypes.sizeof(value)
+                    ),
+                )
+            results, count = (_Result * OFFERED)(), ctypes.c_int()
+            code = library.cublasLtMatmulAlgoGetHeuristic(
+                self.handle, self.description, self.a, self.b, self.d, self.d, preference,
+                OFFERED, results, ctypes.byref(count),
+            )  # fmt: skip
+            _check("cublasLtMatmulAlgoGetHeuristic", code)
+        finally:
+            library.cublasLtMatmulPreferenceDestroy(preference)
+        found = [result for result in results[: count.value] if result.state == 0]
+        if not found:
+            raise CublasError(f"cublasLt has no algorithm for {self.problem}")
+        return found
+
+    def offers(self) -> list[Offer]:
+        """What cuBLASLt offers, in its order."""
+        offers = []
+        for place, result in enumerate(self.found):
+            config = {}
+            for name, attribute in (*_CONFIG.items(), ("cluster", _CLUSTER)):
+                wide = attribute < 6 or attribute == 6
+                value: Any = ctypes.c_uint32() if wide else ctypes.c_uint16()
+                code = _library().cublasLtMatmulAlgoConfigGetAttribute(
+                    ctypes.byref(result.algorithm), attribute, ctypes.byref(value),
+                    ctypes.sizeof(value), None,
+                )  # fmt: skip
+                if code == 0:
+                    config[name] = int(value.value)
+            offers.append(Offer(place, config, result.waves))
+        return offers
+
+
+def choose(problem: Problem, offers: list[Offer]) -> int:
+    """Place of the algorithm to take; the first is what cuBLASLt itself would."""
+    del problem, offers
+    return 0
+
+
+_local = threading.local()
+
+
+def _plan(problem: Problem, device: int) -> _Plan:
+    plans = _local.__dict__.setdefault("plans", {})
+    found: _Plan | None = plans.get((problem, device))
+    if found is None:
+        found = plans[(problem, device)] = _Plan(problem, device)
+    return found
+
+
+def _alignment(tensor: Tensor) -> int:
+    address = tensor.data_ptr()
+    return min(256, address & -address)
+
+
+def problem_of(
+    a: Operand, b: Operand, square: bool, out: Tensor, accumulate: bool, bias: Tensor | None
+) -> Problem:
+    """Return the problem of a call of `matmul`."""
+    return Problem(
+        a.codes.shape[0],
+        b.codes.shape[0],
+        a.codes.shape[1],
+        square,
+        out.dtype,
+        accumulate,
+        bias is not None,
+        (_alignment(a.codes), _alignment(b.codes), _alignment(out)),
+    )
+
+
+def matmul(
+    a: Operand,
+    b: Operand,
+    square: bool,
+    out: Tensor,
+    accumulate: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Write b a^T (+ bias) into `out`, or add it, and return it.
+
+    Args:
+        a: codes `[m, k]`, with scales of 1x128, or of 128x128 if `square`.
+        b: codes `[n, k]`, with scales of 1x128.
+        square: see `a`.
+        out: `[n, m]` BF16 or FP32, contiguous.
+        accumulate: whether to add to `out`.
+        bias: `[m]` BF16.
+
+    Raises:
+        CublasError: cuBLASLt cannot do it.
+    """
+    device = out.device.index
+    plan = _plan(problem_of(a, b, square, out, accumulate, bias), device)
+    run(plan, a, b, out, bias, plan.algorithm)
+    return out
+
+
+def run(
+    plan: _Plan, a: Operand, b: Operand, out: Tensor, bias: Tensor | None, algorithm: _Algorithm
+) -> None:
+    """Launch one product on torch's current stream."""
+    device = out.device.index
+    plan.point(_A_SCALE, a.scale_inv.data_ptr())
+    plan.point(_B_SCALE, b.scale_inv.data_ptr())
+    if bias is not None:
+        plan.point(_BIAS_POINTER, bias.data_ptr())
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    d = out.data_ptr()
+    code = _library().cublasLtMatmul(
+        plan.handle, plan.description, ctypes.byref(plan.alpha),
+        a.codes.data_ptr(), plan.a, b.codes.data_ptr(), plan.b, ctypes.byref(plan.beta),
+        d, plan.d, d, plan.d,
+        ctypes.byref(algorithm), _workspace(device, stream).data_ptr(), WORKSPACE_BYTES, stream,
+    )  # fmt: skip
+    _check("cublasLtMatmul", code)
