@@ -294,13 +294,14 @@ def _loss_cases(shape: Shape) -> Iterator[Case]:
 
 
 def gemm_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
-    """The three products of each linear layer: torch's in BF16, TransformerEngine's block-scaled."""
+    """The three products of each linear layer: torch's in BF16, TransformerEngine's and the fused layers'."""
     from megatron_fp8_ext.kernels.cast import BlockCast, cast_1x128
     from megatron_fp8_ext.megatron_plugin import te_tensor
     from megatron_fp8_ext.megatron_plugin.te_gemm import TEGemm
 
     try:
-        gemm, quantize = TEGemm(), te_tensor.quantizer("power_of_two", True)
+        gemms = {"TE blockwise": TEGemm(direct=False), "as in the layer": TEGemm()}
+        quantize = te_tensor.quantizer("power_of_two", True)
     except (ImportError, OSError) as error:
         raise UserError(f"bench gemm needs TransformerEngine: {error}") from error
     layers = (
@@ -322,14 +323,15 @@ def gemm_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
         dy_cast: BlockCast = cast_1x128(dy, "power_of_two")
         w_cast = quantize(w)
         main_grad = torch.zeros(n, k, dtype=torch.float32, device="cuda")
-        for kind, scaled, note in (
-            ("fprop", partial(gemm.fprop, x_cast, w_cast), ""),
-            ("dgrad", partial(gemm.dgrad, dy_cast, w_cast), ""),
-            ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, None, False), "to new BF16"),
-            ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, main_grad, True), "added to FP32"),
-            ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, main_grad, False), "over FP32"),
-        ):
-            yield f"{name} {kind}", "TE blockwise", 0, flops, scaled, note
+        for by, gemm in gemms.items():
+            for kind, scaled, note in (
+                ("fprop", partial(gemm.fprop, x_cast, w_cast), ""),
+                ("dgrad", partial(gemm.dgrad, dy_cast, w_cast), ""),
+                ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, None, False), "to new BF16"),
+                ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, main_grad, True), "added to FP32"),
+                ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, main_grad, False), "over FP32"),
+            ):
+                yield f"{name} {kind}", by, 0, flops, scaled, note
 
 
 def markdown(record: dict[str, Any]) -> str:

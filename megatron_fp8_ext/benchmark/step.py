@@ -44,6 +44,7 @@ class Step:
         iterations: measured.
         warm_up: iterations before them.
         skip_optimizer: leave the optimizer's step out, and with it the memory of its moments.
+        kernels: run one step more, and note each kernel's time in it.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Step:
     iterations: int = 10
     warm_up: int = 4
     skip_optimizer: bool = False
+    kernels: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -72,7 +74,7 @@ def command(step: Step, side: Side) -> list[str]:
             argv += [f"--{name}", value]
     if step.tensor_parallel > 1:
         argv += ["--tensor-model-parallel-size", str(step.tensor_parallel), "--sequence-parallel"]
-    iterations = step.iterations + step.warm_up
+    iterations = step.iterations + step.warm_up + int(step.kernels)
     return [
         *argv,
         *("--tokenizer-type", "NullTokenizer", "--vocab-size", "256"),
@@ -105,7 +107,8 @@ def measure(step: Step, side: Side, log: Path, timeout: float) -> dict[str, Any]
             launcher += ["-m", "torch.distributed.run", "--standalone"]
             launcher += ["--nproc-per-node", str(step.tensor_parallel)]
         optimizer = "skip" if step.skip_optimizer else "step"
-        whole = [*launcher, *module, str(out), str(step.warm_up), optimizer, *argv]
+        profiled = str(step.warm_up + step.iterations + 1 if step.kernels else 0)
+        whole = [*launcher, *module, str(out), str(step.warm_up), optimizer, profiled, *argv]
         own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         environ = {name: value for name, value in os.environ.items() if name not in own}
         environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

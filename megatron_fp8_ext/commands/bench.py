@@ -73,6 +73,9 @@ def step(
     skip_optimizer: Annotated[
         bool, typer.Option("--skip-optimizer", help="no optimizer step, no memory for its moments")
     ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="also where one step's device time goes, by kernel")
+    ] = False,
     timeout: Annotated[float, typer.Option(help="seconds for each side")] = 600.0,
     output: Annotated[
         Path, typer.Option(help="prefix of the .json, .md, .svg and .log files")
@@ -80,6 +83,7 @@ def step(
 ) -> None:
     """A training step in Megatron's loop: forward, backward, optimizer and memory, side by side."""
     from megatron_fp8_ext import presets
+    from megatron_fp8_ext.benchmark import device_time
     from megatron_fp8_ext.benchmark import sides as names
     from megatron_fp8_ext.benchmark import step as bench
     from megatron_fp8_ext.errors import UserError, unknown_name
@@ -99,6 +103,7 @@ def step(
         iterations=iterations,
         warm_up=warm_up,
         skip_optimizer=skip_optimizer,
+        kernels=kernels,
     )
     sides = names.parse(compare)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +120,8 @@ def step(
     if not records:
         raise UserError("; ".join(failures))
     text = bench.markdown(what, records[0]["versions"], summaries)
+    if kernels:
+        text += "\n" + device_time.markdown([(r["side"], r["kernels"]) for r in records])
     drawn = bench.picture(summaries, output.with_name(output.name + ".svg"))
     _write(output, {"step": vars(what), "sides": summaries, "records": records}, text)
     if not drawn:

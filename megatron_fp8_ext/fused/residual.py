@@ -1,8 +1,8 @@
 """The residual stream's gradient, added inside the backward of the norm that branched off.
 
-In `x + f(norm(x))` autograd sends the sum's gradient back twice, to x and into f, and adds what comes out of the
-norm to the first in a pass of its own: 6 bytes an element, twice a layer. Here the sum gives its gradient to the
-branch, and the norm's backward, which writes x's gradient anyway, adds it while it does: 2 bytes.
+In `x + f(norm(x))` autograd sends the sum's gradient back twice, to x and into f, and adds what comes out of
+the norm to the first in a pass of its own: 6 bytes an element, twice a layer. Here the sum gives its gradient
+to the branch, and the norm's backward, which writes x's gradient anyway, adds it while it does: 2 bytes.
 
     norm functions  `offer` a Branch: the autograd edge of their input
     the sum         `add` claims it where the residual has the same edge, and is a plain sum elsewhere

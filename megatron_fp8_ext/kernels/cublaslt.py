@@ -1,14 +1,16 @@
 """cuBLASLt's block-scaled FP8 product, called directly.
 
-TransformerEngine makes the same call, but takes what cuBLASLt's heuristic offers first and asks it again for every
-product; here the algorithm is chosen once for a shape, by a fixed rule (`_RULES`), so the same shape runs the same
-kernel in every process. Needs cuBLAS 12.9 and a Hopper GPU.
+TransformerEngine makes the same call, but takes what cuBLASLt's heuristic offers first and asks it again for
+every product. Here the algorithm is chosen once for a shape, by a fixed rule (`choose`): the same shape runs
+the same kernel in every process. Needs cuBLAS 12.9 and a Hopper GPU.
+`MEGATRON_FP8_EXT_GEMM=te` leaves the products to TransformerEngine.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from megatron_fp8_ext.kernels.cast import Operand
 
+VARIABLE = "MEGATRON_FP8_EXT_GEMM"
 WORKSPACE_BYTES = 32 * 2**20  # what cuBLAS asks for on Hopper, and TransformerEngine gives
 OFFERED = 64
 
@@ -142,9 +145,7 @@ class _Plan:
         self.description = ctypes.c_void_p()
         _check(
             "cublasLtMatmulDescCreate",
-            library.cublasLtMatmulDescCreate(
-                ctypes.byref(self.description), _COMPUTE_32F, _R_32F
-            ),
+            library.cublasLtMatmulDescCreate(ctypes.byref(self.description), _COMPUTE_32F, _R_32F),
         )
         integer = ctypes.c_int32
         self._set(_TRANSA, integer(_OP_T))
@@ -184,9 +185,7 @@ class _Plan:
         layout = ctypes.c_void_p()
         _check(
             "cublasLtMatrixLayoutCreate",
-            _library().cublasLtMatrixLayoutCreate(
-                ctypes.byref(layout), dtype, rows, columns, rows
-            ),
+            _library().cublasLtMatrixLayoutCreate(ctypes.byref(layout), dtype, rows, columns, rows),
         )
         return layout
 
@@ -247,6 +246,20 @@ def choose(problem: Problem, offers: list[Offer]) -> int:
 
 
 _local = threading.local()
+
+
+@functools.cache
+def reason(device: int) -> str | None:
+    """Say why cuBLASLt cannot be called here, in a clause; None if it can."""
+    if os.environ.get(VARIABLE) == "te":
+        return f"{VARIABLE}=te"
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return "not a Hopper GPU"
+    try:
+        _plan(Problem(128, 128, 128, True, torch.bfloat16, False, False, (256, 256, 256)), device)
+    except (CublasError, OSError, AttributeError) as error:
+        return str(error)
+    return None
 
 
 def _plan(problem: Problem, device: int) -> _Plan:

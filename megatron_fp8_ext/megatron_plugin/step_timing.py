@@ -1,19 +1,21 @@
 """Time the parts of a training step inside Megatron's own loop, for `megatron-fp8 bench step`.
 
-    python -m megatron_fp8_ext.megatron_plugin.step_timing OUT.json WARM_UP step|skip MEGATRON_FLAGS...
+    python -m megatron_fp8_ext.megatron_plugin.step_timing OUT.json WARM_UP step|skip PROFILED FLAGS...
 
 trains on random tokens for `--train-iters` iterations and writes what it measured: one process (group) for
-each side of a comparison. With `skip` the optimizer never steps, so its moments take no memory. On a GPU the
-parts are timed by CUDA events, on the CPU by the clock.
+each side of a comparison; FLAGS are Megatron's. With `skip` the optimizer never steps, so its moments take no
+memory. Iteration PROFILED (0: none) does not count; torch's profiler notes its kernels. On a GPU the parts are
+timed by CUDA events, on the CPU by the clock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,8 +46,9 @@ def _milliseconds(begin: Any, end: Any) -> float:
 class StepTimer:
     """Watches Megatron's loop: `intervals` of the running iteration, `rows` of those that are over."""
 
-    def __init__(self, out: Path, warm_up: int, skip_optimizer: bool) -> None:
+    def __init__(self, out: Path, warm_up: int, skip_optimizer: bool, profiled: int) -> None:
         self.out, self.warm_up, self.skip_optimizer = out, warm_up, skip_optimizer
+        self.profiled, self.kernels = profiled, list[Any]()
         self.intervals: dict[str, list[Interval]] = {}
         self.rows: list[dict[str, Any]] = []
         self.began = 0.0
@@ -76,7 +79,8 @@ class StepTimer:
             self._reset_peak()
             self.intervals = {}
             began = time.perf_counter()
-            result = native(forward, data, model, optimizer, *rest, **kw)
+            with self._profile():
+                result = native(forward, data, model, optimizer, *rest, **kw)
             self._close(result[0], began)
             return result
 
@@ -93,6 +97,19 @@ class StepTimer:
             return result
 
         module.backward_step = backward_step  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def _profile(self) -> Iterator[None]:
+        """Note the kernels of the iteration that is for it."""
+        import torch
+
+        if self.iteration != self.profiled or not torch.cuda.is_available():
+            yield
+            return
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            yield
+            torch.cuda.synchronize()
+        self.kernels = kernels_of(profile)
 
     def _watch_model(self, model: Any) -> None:
         from megatron.core.utils import get_attr_wrapped_model
@@ -149,7 +166,7 @@ class StepTimer:
         }
         row["train step"] = (time.perf_counter() - began) * 1e3
         row["loss"] = {name: float(value) for name, value in losses.items()}
-        row["counted"] = self.iteration > self.warm_up
+        row["counted"] = self.iteration > self.warm_up and self.iteration != self.profiled
         self.memory["step"] = _peak()
         self.rows.append(row)
 
@@ -170,8 +187,23 @@ class StepTimer:
             "attention": attention_backend(args),
             "said": list(run.current.said),
             "patches": list(run.current.patches),
+            "kernels": self.kernels,
         }
         write_atomically(self.out, json.dumps(record, indent=1) + "\n")
+
+
+def kernels_of(profile: Any) -> list[tuple[str, float, int]]:
+    """Return (name, milliseconds, calls) of the kernels in a profile of CUDA activity, longest first."""
+    import torch
+
+    total: dict[str, list[float]] = {}
+    for event in profile.events():
+        # `Optimizer.step#...` spans kernels that are counted themselves.
+        if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.name:
+            times = total.setdefault(event.name, [])
+            times.append(event.time_range.elapsed_us() / 1e3)
+    found = [(name, sum(times), len(times)) for name, times in total.items()]
+    return sorted(found, key=lambda kernel: -kernel[1])
 
 
 def _peak() -> int:
@@ -243,9 +275,9 @@ def random_tokens(counts: Any, vp_stage: int | None = None) -> Any:
 
 def main() -> None:
     """Run one side."""
-    out, warm_up, optimizer = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    sys.argv = [sys.argv[0], *sys.argv[4:]]
-    timer = StepTimer(out, warm_up, optimizer == "skip")
+    out, warm_up, optimizer, profiled = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5]
+    sys.argv = [sys.argv[0], *sys.argv[5:]]
+    timer = StepTimer(out, warm_up, optimizer == "skip", int(profiled))
     watch: tuple[tuple[str, Callable[[ModuleType], None]], ...] = (
         ("megatron.training.training", timer.watch_loop),
         ("megatron.core.pipeline_parallel.schedules", timer.watch_backward),

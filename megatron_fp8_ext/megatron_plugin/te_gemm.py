@@ -1,4 +1,6 @@
-"""TransformerEngine's block-scaled GEMM under the fused functions, and its FP8 weights as their operands.
+"""The block-scaled GEMM under the fused functions, and TransformerEngine's FP8 weights as their operands.
+
+cuBLASLt is called directly where it can be (`kernels.cublaslt`), through TransformerEngine elsewhere.
 
 Written against TransformerEngine 2.20 (`pytorch/module/layernorm_linear.py`, `module/base.py`): the calls and
 their order are those of its own modules.
@@ -14,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp8_ext.kernels.cast import BlockCast
+from megatron_fp8_ext.kernels import cublaslt
+from megatron_fp8_ext.kernels.cast import BlockCast, Operand
 from megatron_fp8_ext.megatron_plugin.te_tensor import binding
 
 
@@ -109,14 +112,19 @@ def _without_python(
 
 
 class TEGemm:
-    """The protocol of `fused.gemm` by TransformerEngine's; the weight is its FP8 tensor."""
+    """The protocol of `fused.gemm`; the weight is TransformerEngine's FP8 tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, direct: bool = True) -> None:
+        """`direct`: call cuBLASLt here where it can be; otherwise TransformerEngine does."""
         te = _te()
         self._gemm = _without_python if te.is_known else te.gemm
+        self._direct = direct and cublaslt.reason(torch.cuda.current_device()) is None
 
     def fprop(self, x: BlockCast, weight: Any, bias: Tensor | None = None) -> Tensor:
         """x W^T + b, `[M, N]` BF16."""
+        if self._direct and x.rows is not None and (bias is None or bias.dtype is torch.bfloat16):
+            w = Operand(weight._rowwise_data, weight._rowwise_scale_inv)
+            return cublaslt.matmul(w, x.rows, True, _empty(x.rows, w), bias=bias)
         y: Tensor = self._gemm(
             weight, _wrap(x), out_dtype=torch.bfloat16, bias=bias, use_split_accumulator=True
         )[0]
@@ -125,6 +133,9 @@ class TEGemm:
     def dgrad(self, dy: BlockCast, weight: Any) -> Tensor:
         """dy W, `[M, K]` BF16."""
         weight.update_usage(columnwise_usage=True)
+        if self._direct and dy.rows is not None:
+            w = Operand(weight._columnwise_data, weight._columnwise_scale_inv)
+            return cublaslt.matmul(w, dy.rows, True, _empty(dy.rows, w))
         dx: Tensor = self._gemm(
             weight,
             _wrap(dy),
@@ -137,6 +148,9 @@ class TEGemm:
 
     def wgrad(self, x: BlockCast, dy: BlockCast, out: Tensor | None, accumulate: bool) -> Tensor:
         """dy^T x, `[N, K]`, into `out` (its dtype; added to it, if `accumulate`) or as new BF16."""
+        if self._direct and x.columns is not None and dy.columns is not None:
+            into = _empty(dy.columns, x.columns) if out is None else out
+            return cublaslt.matmul(x.columns, dy.columns, False, into, accumulate)
         dw: Tensor = self._gemm(
             _wrap(x._replace(rows=None)),
             _wrap(dy),
@@ -148,6 +162,11 @@ class TEGemm:
             use_split_accumulator=True,
         )[0]
         return dw
+
+
+def _empty(rows: Operand, columns: Operand) -> Tensor:
+    size = (rows.codes.shape[0], columns.codes.shape[0])
+    return torch.empty(size, dtype=torch.bfloat16, device=rows.codes.device)
 
 
 def weight_operand(module: Any, first_microbatch: bool | None) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import threading
 import types
 
 import pytest
@@ -22,7 +23,8 @@ from transformer_engine.common.recipe import Float8BlockScaling, Format  # noqa:
 
 from megatron_fp8_ext import training_log  # noqa: E402
 from megatron_fp8_ext.fused.gemm import ReferenceGemm  # noqa: E402
-from megatron_fp8_ext.kernels.cast import cast_1x128, cast_128x128  # noqa: E402
+from megatron_fp8_ext.kernels import cublaslt  # noqa: E402
+from megatron_fp8_ext.kernels.cast import BlockCast, cast_1x128, cast_128x128  # noqa: E402
 from megatron_fp8_ext.megatron_plugin import fused_layer, fused_rules, run, te_tensor  # noqa: E402
 from megatron_fp8_ext.megatron_plugin.precision import pin_scale_format  # noqa: E402
 from megatron_fp8_ext.megatron_plugin.te_gemm import TEGemm  # noqa: E402
@@ -39,10 +41,12 @@ def decibels(got, want, floor, what):
     assert got.dtype == want.dtype and got.shape == want.shape and quality >= floor, what
 
 
+@pytest.mark.parametrize("direct", [False, True], ids=["te", "cublaslt"])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_gemm_is_the_reference(accumulate):
+def test_gemm_is_the_reference(accumulate, direct):
     x, dy, w = random(M, H, seed=1), random(M, N, scale=1e-3, seed=2), random(N, H, seed=3)
-    gemm, plain = TEGemm(), ReferenceGemm()
+    gemm, plain = TEGemm(direct), ReferenceGemm()
+    assert not direct or cublaslt.reason(0) is None
     x_cast, dy_cast = (cast_1x128(t, "power_of_two") for t in (x, dy))
     w_cast = cast_128x128(w, "power_of_two")
     operand = te_tensor.blockwise(w_cast, "power_of_two", torch.bfloat16)
@@ -57,6 +61,43 @@ def test_gemm_is_the_reference(accumulate):
     gemm.wgrad(x_cast, dy_cast, out, accumulate)
     want = plain.wgrad(x_cast, dy_cast, torch.full_like(out, 3.0), accumulate)
     decibels(out, want, 45, f"wgrad into FP32, accumulate {accumulate}")
+
+
+@pytest.mark.parametrize("tokens", [128, 1152, 8192])
+def test_cublaslt_s_first_algorithm_is_te_s_product(tokens, monkeypatch):
+    """The same call to the bit, so what differs in training is the choice of the algorithm alone."""
+    monkeypatch.setattr(cublaslt, "choose", lambda problem, offers: 0)
+    monkeypatch.setattr(cublaslt, "_local", threading.local())
+    x, dy = random(tokens, H, seed=1), random(tokens, N, scale=1e-3, seed=2)
+    w_cast = cast_128x128(random(N, H, seed=3), "power_of_two")
+    x_cast, dy_cast = (cast_1x128(t, "power_of_two") for t in (x, dy))
+    operand = te_tensor.blockwise(w_cast, "power_of_two", torch.bfloat16)
+    bias, buffers = random(N, seed=4), [torch.full((N, H), 3.0, device="cuda") for _ in range(2)]
+    made = [
+        (
+            gemm.fprop(x_cast, operand),
+            gemm.fprop(x_cast, operand, bias),
+            gemm.dgrad(dy_cast, operand),
+            gemm.wgrad(x_cast, dy_cast, None, False),
+            gemm.wgrad(x_cast, dy_cast, buffer, True),
+        )
+        for gemm, buffer in zip((TEGemm(False), TEGemm(True)), buffers, strict=True)
+    ]
+    for te_s, ours in zip(*made, strict=True):
+        assert torch.equal(te_s, ours)
+
+
+@pytest.mark.parametrize("tokens", [128, 4096])
+def test_every_algorithm_offered_gives_the_product(tokens):
+    """Whichever a rule may choose; sums of FP32 in another order, rounded to BF16."""
+    x_cast = cast_1x128(random(tokens, H, seed=1), "power_of_two")
+    w = cast_128x128(random(N, H, seed=3), "power_of_two").rows
+    want = x_cast.quantized().dequantize() @ BlockCast(w, None, True).quantized().dequantize().t()
+    out = torch.empty(tokens, N, dtype=torch.bfloat16, device="cuda")
+    plan = cublaslt._plan(cublaslt.problem_of(w, x_cast.rows, True, out, False, None), 0)
+    for offer, found in zip(plan.offers(), plan.found, strict=True):
+        cublaslt.run(plan, w, x_cast.rows, out.zero_(), None, found.algorithm)
+        decibels(out, want.to(torch.bfloat16), 45, str(offer))
 
 
 @contextlib.contextmanager

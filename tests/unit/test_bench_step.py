@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import run
 
-from megatron_fp8_ext.benchmark import sides, step
+from megatron_fp8_ext.benchmark import device_time, sides, step
 from megatron_fp8_ext.errors import UserError
 
 CLI = (sys.executable, "-m", "megatron_fp8_ext.cli", "bench", "step")
@@ -130,3 +130,27 @@ def test_a_side_that_fails_is_one_line(tmp_path):
     assert done.code == 2 and "te-blockwise failed: " in done.output
     text = (tmp_path / "x.md").read_text()
     assert "| | bf16 |" in text and "| backward |" in text and "| optimizer |" in text
+
+
+def test_where_device_time_goes():
+    kernels = [
+        ("nvjet_sm90_qqtst_128x128_128x6_1x2_h_bz_coopA_algo2_Ablk128_Bvec128_TNN", 69.5, 196),
+        ("nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_TNT", 10.0, 4),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", 58.8, 28),
+        ("cast_tiles", 32.5, 252),
+        ("void at::native::vectorized_elementwise_kernel<8, CUDAFunctor_add>", 5.8, 113),
+        ("somebody_s_kernel", 0.5, 1),
+    ]
+    groups = device_time.by_group(kernels)
+    assert groups["GEMM, FP8"] == (69.5, 196) and groups["GEMM, BF16"] == (10.0, 4)
+    assert groups["attention"][0] == 58.8 and groups["other"] == (0.5, 1)
+    assert sum(ms for ms, _ in groups.values()) == pytest.approx(177.1)
+    text = device_time.markdown([("infir2", kernels), ("bf16", kernels[1:2])])
+    assert "| GEMM, BF16 | 10.0 (4) | 10.0 (4) |" in text and "| all | 177.1 | 10.0 |" in text
+    assert "cast_tiles" in text and "somebody_s_kernel" not in text
+
+
+def test_one_iteration_more_for_the_kernels():
+    more = dataclasses.replace(STEP, kernels=True)
+    argv = step.command(more, sides.parse("infir2")[0])
+    assert argv[argv.index("--train-iters") + 1] == "4"

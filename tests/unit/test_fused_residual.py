@@ -15,7 +15,7 @@ from megatron_fp8_ext.fused.linear import cast_linear, norm_linear
 from megatron_fp8_ext.fused.mlp import Block, mlp
 
 M, B, H, F = 64, 2, 128, 128
-# A rounding more or less flips codes of E4M3 in the layers before (31 dB each); a gradient left out leaves 5 dB.
+# A rounding more or less flips codes of E4M3 in the layers before (31 dB each); one left out leaves 5 dB.
 FLOOR = 24
 
 
