@@ -4,7 +4,7 @@
 
 trains on random tokens for `--train-iters` iterations and writes what it measured: one process (group) for
 each side of a comparison; FLAGS are Megatron's. With `skip` the optimizer never steps, so its moments take no
-memory. Iteration PROFILED (0: none) does not count; torch's profiler notes its kernels. On a GPU the parts are
+memory. Iteration PROFILED (0: none) does not count; its kernels are noted. On a GPU the parts are
 timed by CUDA events, on the CPU by the clock.
 """
 
