@@ -33,9 +33,9 @@ class Watching(ReferenceGemm):
     def __init__(self):
         self.seen = []
 
-    def fprop(self, x, weight, bias=None):
+    def fprop(self, x, weight, bias=None, add=None):
         self.seen.append(("fprop", x.rows))
-        return super().fprop(x, weight, bias)
+        return super().fprop(x, weight, bias, add)
 
     def dgrad(self, dy, weight):
         self.seen.append(("dgrad", dy.rows))

@@ -19,8 +19,10 @@ class Gemm(Protocol):
     `weight` is `[N, K]` with both of its uses; `x` and `dy` have the direction that is read.
     """
 
-    def fprop(self, x: BlockCast, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """Return x W^T + b, `[M, N]` BF16; reads the rows of `x` `[M, K]`."""
+    def fprop(
+        self, x: BlockCast, weight: Weight, bias: Tensor | None = None, add: Tensor | None = None
+    ) -> Tensor:
+        """Return x W^T + b (+ `add`, `[M, N]` BF16), `[M, N]` BF16; reads the rows of `x` `[M, K]`."""
         ...
 
     def dgrad(self, dy: BlockCast, weight: Weight) -> Tensor:
@@ -42,10 +44,14 @@ class Gemm(Protocol):
 class ReferenceGemm:
     """Dequantize and multiply in FP32, on any device; the weight is a 128x128 `BlockCast`."""
 
-    def fprop(self, x: BlockCast, weight: BlockCast, bias: Tensor | None = None) -> Tensor:
+    def fprop(
+        self, x: BlockCast, weight: BlockCast, bias: Tensor | None = None, add: Tensor | None = None
+    ) -> Tensor:
         """As the protocol says."""
         y = x.quantized().dequantize() @ weight.quantized().dequantize().t()
-        return (y if bias is None else y + bias.float()).to(torch.bfloat16)
+        for term in (bias, add):
+            y = y if term is None else y + term.float()
+        return y.to(torch.bfloat16)
 
     def dgrad(self, dy: BlockCast, weight: BlockCast) -> Tensor:
         """As the protocol says."""

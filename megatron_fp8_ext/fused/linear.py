@@ -138,6 +138,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, rstd = ctx.saved_tensors
         setup: Setup = ctx.setup
+        past = None if ctx.branch is None else ctx.branch.take()
         dy, db = flat(grad), None
         if ctx.has_bias:
             dy_cast, total = cast_1x128_and_sum(dy, setup.scale_format)
@@ -146,7 +147,7 @@ class _NormLinear(torch.autograd.Function):
             dy_cast = cast_1x128(dy, setup.scale_format)
         del dy, grad
         dx, dgain, dw = norm_column_backward(
-            x, gain, rstd, dy_cast, ctx.linear, setup, ctx.needs_input_grad[2], ctx.branch
+            x, gain, rstd, dy_cast, ctx.linear, setup, ctx.needs_input_grad[2], past
         )
         return dx.view(ctx.shape), dgain, dw, db, None, None, None, None
 
@@ -159,11 +160,11 @@ def norm_column_backward(
     linear: Linear,
     setup: Setup,
     want_weight: bool,
-    branch: residual.Branch | None,
+    past: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Backward of RMSNorm and the column-parallel linear layer after it, from the cast of dy.
 
-    What `branch` brings of the residual stream is added to the gradient of `x`.
+    `past` `[M, K]` is what reaches `x` beside them, the residual's gradient; it is added to theirs.
 
     Returns:
         (gradient of `x`, of the norm's weight in its dtype, of the linear layer's weight).
@@ -180,14 +181,14 @@ def norm_column_backward(
         gain,
         rstd,
         setup.scale_format,
-        residual=None if branch is None else branch.take(),
+        residual=past,
         rows=False,
         columns=False,
     )
     return gradients.dx, gradients.dweight.to(gain.dtype), dw
 
 
-def cast_linear(x: Tensor, linear: Linear, setup: Setup) -> Tensor:
+def cast_linear(x: Tensor, linear: Linear, setup: Setup, add: Tensor | None = None) -> Tensor:
     """A (row-parallel) linear layer without bias: the attention's projection.
 
     Kept for the backward: `x` itself. The attention before it keeps its result too, where it returns it
@@ -197,34 +198,50 @@ def cast_linear(x: Tensor, linear: Linear, setup: Setup) -> Tensor:
         x: `[..., K]` BF16, of all tokens: this rank's input features.
         linear: this rank's columns of the weight.
         setup: see `Setup`.
+        add: `[..., N]` BF16, the residual, added by the GEMM; only on one rank.
 
     Returns:
         `[..., N]` BF16, summed over the ranks; this rank's tokens under sequence parallelism.
     """
     if torch.is_grad_enabled():
-        out: Tensor = _CastLinear.apply(x, linear.parameter, linear, setup)
+        branch = None if add is None else residual.claimed(add)
+        out: Tensor = _CastLinear.apply(x, linear.parameter, add, linear, setup, branch)
         return out
-    return _cast_linear(flat(x), linear, setup).view(-1, *x.shape[1:-1], linear.parameter.shape[0])
+    y = _cast_linear(flat(x), linear, setup, add)
+    return y.view(-1, *x.shape[1:-1], linear.parameter.shape[0])
 
 
-def _cast_linear(x: Tensor, linear: Linear, setup: Setup) -> Tensor:
+def _cast_linear(x: Tensor, linear: Linear, setup: Setup, add: Tensor | None) -> Tensor:
     rows = cast_1x128(x, setup.scale_format, columns=False)
-    return setup.reduce(setup.gemm.fprop(rows, linear.operand))
+    flat_add = None if add is None else flat(add)
+    return setup.reduce(setup.gemm.fprop(rows, linear.operand, add=flat_add))
 
 
 class _CastLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, linear: Linear, setup: Setup) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        add: Tensor | None,
+        linear: Linear,
+        setup: Setup,
+        branch: residual.Branch | None,
+    ) -> Tensor:
         matrix = flat(x)
-        y = _cast_linear(matrix, linear, setup)
+        y = _cast_linear(matrix, linear, setup, add)
         ctx.save_for_backward(matrix)
-        ctx.linear, ctx.setup, ctx.shape = linear, setup, x.shape
+        ctx.linear, ctx.setup, ctx.shape, ctx.branch = linear, setup, x.shape, branch
         return y.view(-1, *x.shape[1:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         linear, setup = ctx.linear, ctx.setup
+        past = grad if ctx.needs_input_grad[2] else None
+        if ctx.branch is not None:
+            ctx.branch.give(grad)
+            past = None
         dy = setup.gather(cast_1x128(flat(grad), setup.scale_format))
         dw = None
         if ctx.needs_input_grad[1]:
@@ -233,4 +250,4 @@ class _CastLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = setup.gemm.dgrad(dy, linear.operand).view(ctx.shape)
-        return dx, dw, None, None
+        return dx, dw, past, None, None, None

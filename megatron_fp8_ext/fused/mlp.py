@@ -40,23 +40,26 @@ class Block:
     stash: bool = False
 
 
-def mlp(x: Tensor, gain: Tensor, block: Block) -> Tensor:
-    """Return fc2(SwiGLU(fc1(RMSNorm(x)))), `[..., H]` BF16, without the residual.
+def mlp(x: Tensor, gain: Tensor, block: Block, add: bool = False) -> Tensor:
+    """Return fc2(SwiGLU(fc1(RMSNorm(x)))), `[..., H]` BF16.
 
     Args:
         x: `[..., H]` BF16; under sequence parallelism this rank's tokens.
         gain: `[H]`, the norm's weight.
         block: the layers.
+        add: add `x`, the residual, in the last GEMM; only on one rank.
     """
     if torch.is_grad_enabled():
-        branch = residual.offer(x)
-        out: Tensor = _MLP.apply(x, gain, block.fc1.parameter, block.fc2.parameter, block, branch)
+        branch = None if add else residual.offer(x)
+        out: Tensor = _MLP.apply(
+            x, gain, block.fc1.parameter, block.fc2.parameter, block, branch, add
+        )
         return out
-    return _forward(flat(x), gain, block, keep=False)[0].view(x.shape)
+    return _forward(flat(x), gain, block, keep=False, add=add)[0].view(x.shape)
 
 
 def _forward(
-    x: Tensor, gain: Tensor, block: Block, keep: bool
+    x: Tensor, gain: Tensor, block: Block, keep: bool, add: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """(output, rstd, what is kept of fc1's output: itself, or its stash)."""
     setup = block.setup
@@ -64,7 +67,8 @@ def _forward(
     a = setup.gemm.fprop(setup.gather(normed.cast), block.fc1.operand)
     stash = keep and block.stash
     activated = swiglu_cast(a, setup.scale_format, columns=False, stash=stash)
-    y = setup.reduce(setup.gemm.fprop(activated.cast, block.fc2.operand))
+    past = x if add else None
+    y = setup.reduce(setup.gemm.fprop(activated.cast, block.fc2.operand, add=past))
     return y, normed.rstd, (a,) if activated.stash is None else tuple(activated.stash)
 
 
@@ -78,11 +82,12 @@ class _MLP(torch.autograd.Function):
         weight2: Tensor,
         block: Block,
         branch: residual.Branch | None,
+        add: bool,
     ) -> Tensor:
         matrix = flat(x)
-        y, rstd, kept = _forward(matrix, gain, block, keep=True)
+        y, rstd, kept = _forward(matrix, gain, block, keep=True, add=add)
         ctx.save_for_backward(matrix, gain, rstd, *kept)
-        ctx.block, ctx.shape, ctx.branch = block, x.shape, branch
+        ctx.block, ctx.shape, ctx.branch, ctx.add = block, x.shape, branch, add
         return y.view(x.shape)
 
     @staticmethod
@@ -92,6 +97,9 @@ class _MLP(torch.autograd.Function):
         setup = block.setup
         want1, want2 = ctx.needs_input_grad[2:4]
         a = Stash(*kept) if block.stash else kept[0]
+        past = flat(grad) if ctx.add else None
+        if ctx.branch is not None:
+            past = ctx.branch.take()
         dy = setup.gather(cast_1x128(flat(grad), setup.scale_format))
         del grad
         dz = setup.gemm.dgrad(dy, block.fc2.operand)
@@ -103,7 +111,5 @@ class _MLP(torch.autograd.Function):
             dw2 = block.fc2.gradient(setup.gemm, inner.y, dy)
         da = inner.cast
         del dy, inner
-        dx, dgain, dw1 = norm_column_backward(
-            x, gain, rstd, da, block.fc1, setup, want1, ctx.branch
-        )
-        return dx.view(ctx.shape), dgain, dw1, dw2, None, None
+        dx, dgain, dw1 = norm_column_backward(x, gain, rstd, da, block.fc1, setup, want1, past)
+        return dx.view(ctx.shape), dgain, dw1, dw2, None, None, None

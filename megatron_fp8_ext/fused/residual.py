@@ -1,17 +1,22 @@
-"""The residual stream's gradient, added inside the backward of the norm that branched off.
+"""The residual stream: its sums inside the GEMM before them, its gradients inside the norm's backward.
 
 In `x + f(norm(x))` autograd sends the sum's gradient back twice, to x and into f, and adds what comes out of
 the norm to the first in a pass of its own: 6 bytes an element, twice a layer. Here the sum gives its gradient
 to the branch, and the norm's backward, which writes x's gradient anyway, adds it while it does: 2 bytes.
+Where the layer says beforehand that the sum follows, the branch's last GEMM adds the residual to its result.
 
+    the layer       `follows` around a block: its module, and the residual that is added to its result
     norm functions  `offer` a Branch: the autograd edge of their input
-    the sum         `add` claims it where the residual has the same edge, and is a plain sum elsewhere
+    last GEMM       `expected_by` its module: the residual to add; `done` says that it has
+    the sum         `add`: nothing where that is done; else claims the branch of the residual, if there is one
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -72,24 +77,69 @@ def offer(x: Tensor) -> Branch | None:
     return branch
 
 
+def claimed(residual: Tensor) -> Branch | None:
+    """Claim the branch last offered, if it begins at `residual`."""
+    found = getattr(_open, "branch", None)
+    branch: Branch | None = None if found is None else found()
+    if branch is None or branch.edge != _edge(residual):
+        return None
+    _open.branch = None
+    branch.claim()
+    return branch
+
+
+@contextlib.contextmanager
+def follows(module: Any, residual: Tensor) -> Iterator[None]:
+    """Inside, `module` runs, and what it returns is summed with `residual` by `add`.
+
+    Raises:
+        RuntimeError: it was not, but `module` had added it.
+    """
+    _open.expected, _open.summed = (module, residual), None
+    try:
+        yield
+    finally:
+        _open.expected = None
+    if _open.summed is not None:
+        _open.summed = None
+        raise RuntimeError(
+            "a fused layer added the residual, and the layer around it did not ask for that sum; "
+            "train with --no-infir2-fused and report the model"
+        )
+
+
+def expected_by(module: Any) -> Tensor | None:
+    """Return the residual that this module's last GEMM is to add; None: it adds nothing."""
+    expected = getattr(_open, "expected", None)
+    if expected is None or expected[0] is not module or not torch.is_grad_enabled():
+        return None
+    _open.expected = None
+    residual: Tensor = expected[1]
+    return residual if residual.dtype is torch.bfloat16 and residual.requires_grad else None
+
+
+def done(out: Tensor) -> Tensor:
+    """Say that `out` has the residual in it, and return it."""
+    _open.summed = weakref.ref(out)
+    return out
+
+
 def add(x: Tensor, residual: Tensor) -> Tensor:
-    """Return residual + x; the residual's gradient takes the shorter way where there is one.
+    """Return residual + x, or x where it is that sum already.
 
     Args:
         x: `[..., H]`, what the branch gave.
         residual: the same shape and dtype.
     """
-    found = getattr(_open, "branch", None)
-    branch: Branch | None = None if found is None else found()
-    if (
-        branch is None
-        or branch.edge != _edge(residual)
-        or x.shape != residual.shape
-        or not (x.dtype is residual.dtype is torch.bfloat16)
-    ):
+    summed = getattr(_open, "summed", None)
+    if summed is not None and summed() is x:
+        _open.summed = None
+        return x
+    if x.shape != residual.shape or not (x.dtype is residual.dtype is torch.bfloat16):
         return residual + x
-    _open.branch = None
-    branch.claim()
+    branch = claimed(residual)
+    if branch is None:
+        return residual + x
     out: Tensor = _Add.apply(x, residual, branch)
     return out
 

@@ -48,9 +48,9 @@ class Problem(NamedTuple):
         k: columns of both.
         square: A has scales of 128x128 blocks (a weight), not 1x128.
         dtype: of D.
-        accumulate: D is added to.
+        accumulate: D is added to, or another matrix is to the product.
         bias: one BF16 value for each row of A is added.
-        alignment: of the pointers to A, B and D, bytes, at most 256.
+        alignment: of the pointers to A, B and D (and what is added to it), bytes, at most 256.
     """
 
     m: int
@@ -276,18 +276,25 @@ def _alignment(tensor: Tensor) -> int:
 
 
 def problem_of(
-    a: Operand, b: Operand, square: bool, out: Tensor, accumulate: bool, bias: Tensor | None
+    a: Operand,
+    b: Operand,
+    square: bool,
+    out: Tensor,
+    accumulate: bool = False,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
 ) -> Problem:
     """Return the problem of a call of `matmul`."""
+    ends = min(_alignment(out), _alignment(out if add is None else add))
     return Problem(
         a.codes.shape[0],
         b.codes.shape[0],
         a.codes.shape[1],
         square,
         out.dtype,
-        accumulate,
+        accumulate or add is not None,
         bias is not None,
-        (_alignment(a.codes), _alignment(b.codes), _alignment(out)),
+        (_alignment(a.codes), _alignment(b.codes), ends),
     )
 
 
@@ -298,8 +305,9 @@ def matmul(
     out: Tensor,
     accumulate: bool = False,
     bias: Tensor | None = None,
+    add: Tensor | None = None,
 ) -> Tensor:
-    """Write b a^T (+ bias) into `out`, or add it, and return it.
+    """Write b a^T (+ bias) (+ add) into `out`, or add it, and return it.
 
     Args:
         a: codes `[m, k]`, with scales of 1x128, or of 128x128 if `square`.
@@ -308,18 +316,24 @@ def matmul(
         out: `[n, m]` BF16 or FP32, contiguous.
         accumulate: whether to add to `out`.
         bias: `[m]` BF16.
+        add: `[n, m]` in `out`'s dtype, contiguous; added in FP32, before the rounding.
 
     Raises:
         CublasError: cuBLASLt cannot do it.
     """
-    device = out.device.index
-    plan = _plan(problem_of(a, b, square, out, accumulate, bias), device)
-    run(plan, a, b, out, bias, plan.algorithm)
+    plan = _plan(problem_of(a, b, square, out, accumulate, bias, add), out.device.index)
+    run(plan, a, b, out, bias, plan.algorithm, add)
     return out
 
 
 def run(
-    plan: _Plan, a: Operand, b: Operand, out: Tensor, bias: Tensor | None, algorithm: _Algorithm
+    plan: _Plan,
+    a: Operand,
+    b: Operand,
+    out: Tensor,
+    bias: Tensor | None,
+    algorithm: _Algorithm,
+    add: Tensor | None = None,
 ) -> None:
     """Launch one product on torch's current stream."""
     device = out.device.index
@@ -332,7 +346,7 @@ def run(
     code = _library().cublasLtMatmul(
         plan.handle, plan.description, ctypes.byref(plan.alpha),
         a.codes.data_ptr(), plan.a, b.codes.data_ptr(), plan.b, ctypes.byref(plan.beta),
-        d, plan.d, d, plan.d,
+        d if add is None else add.data_ptr(), plan.d, d, plan.d,
         ctypes.byref(algorithm), _workspace(device, stream).data_ptr(), WORKSPACE_BYTES, stream,
     )  # fmt: skip
     _check("cublasLtMatmul", code)

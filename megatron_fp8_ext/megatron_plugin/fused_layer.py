@@ -9,6 +9,7 @@ where `why_not` finds no reason against it; a module with a reason keeps Transfo
     MLP                              norm, fc1, SwiGLU and fc2 in one function
     SelfAttention                    QKV is split and rotated in one pass (Megatron can, no flag of it reaches
                                      that), by our kernel where it fits
+    TransformerLayer                 the residual is added by the last GEMM (`fused.residual`)
 """
 
 from __future__ import annotations
@@ -113,6 +114,49 @@ def attention(module: ModuleType) -> None:
     cls.forward = forward
 
 
+def residual_stream(module: ModuleType) -> None:
+    """Patch `TransformerLayer` of `megatron.core.transformer.transformer_layer`.
+
+    Around attention and MLP it says which residual is added to their result next: their last GEMM can do it.
+    """
+    cls = module.TransformerLayer
+
+    def around(native: Any, last: Any) -> Any:
+        @functools.wraps(native)
+        def forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            if type(self) is not cls or not run.current.fused or not _adds_residual(self):
+                return native(self, hidden_states, *args, **kwargs)
+            from megatron_fp8_ext.fused import residual as stream
+
+            with stream.follows(last(self), hidden_states):
+                return native(self, hidden_states, *args, **kwargs)
+
+        return forward
+
+    cls._forward_attention = around(
+        cls._forward_attention, lambda layer: getattr(layer.self_attention, "linear_proj", None)
+    )
+    cls._forward_mlp = around(cls._forward_mlp, lambda layer: layer.mlp)
+
+
+def _adds_residual(layer: Any) -> bool:
+    """Whether the sums of a layer are plain ones with its own input (`residual_add`)."""
+    import torch
+
+    config = layer.config
+    return (
+        torch.is_grad_enabled()
+        and layer.training
+        and bool(config.bias_dropout_fusion)
+        and layer.hidden_dropout == 0.0
+        and not config.fp32_residual_connection
+        and not getattr(layer, "recompute_mlp", False)
+        and type(layer.input_layernorm).__name__ == "IdentityOp"
+        and type(layer.pre_mlp_layernorm).__name__ == "IdentityOp"
+        and type(layer.cross_attention).__name__ == "IdentityOp"
+    )
+
+
 def residual_add(module: ModuleType) -> None:
     """Patch `get_bias_dropout_add` of `megatron.core.fusions.fused_bias_dropout`.
 
@@ -128,13 +172,13 @@ def residual_add(module: ModuleType) -> None:
             return chosen
 
         def add(x_with_bias: Any, residual: Any, prob: float) -> Any:
+            from megatron_fp8_ext.fused import residual as stream
+
             x, bias = x_with_bias
             plain = bias is None and x.dtype == residual.dtype and (prob == 0.0 or not training)
             if not plain or not x.requires_grad:
                 # Megatron's writes into its input where nothing is trained.
                 return chosen(x_with_bias, residual, prob)
-            from megatron_fp8_ext.fused import residual as stream
-
             return stream.add(x, residual)
 
         return add
@@ -210,14 +254,18 @@ def _norm_linear(module: Any, x: Any) -> Any:
 
 
 def _linear(module: Any, x: Any) -> Any:
+    from megatron_fp8_ext.fused import residual as stream
     from megatron_fp8_ext.fused.linear import cast_linear
 
-    prepared = _Prepared(module, x)
+    setup, prepared = _setup(module), _Prepared(module, x)
+    past = stream.expected_by(module) if setup.parallel is None else None
     with prepared as linear:
-        return cast_linear(prepared.x, linear, _setup(module))
+        y = cast_linear(prepared.x, linear, setup, past)
+    return y if past is None else stream.done(y)
 
 
 def _mlp(module: Any, x: Any) -> Any:
+    from megatron_fp8_ext.fused import residual as stream
     from megatron_fp8_ext.fused.mlp import Block
     from megatron_fp8_ext.fused.mlp import mlp as fused
 
@@ -226,10 +274,13 @@ def _mlp(module: Any, x: Any) -> Any:
         # Megatron's overlapped parameter gather waits for a layer's weights in such a hook.
         for hook in layer._forward_pre_hooks.values():
             hook(layer, ())
-    outer = _Prepared(fc1, x)
+    setup, outer = _setup(fc1), _Prepared(fc1, x)
+    # Only what is summed with the MLP's own input, not with some of its rows.
+    add = setup.parallel is None and stream.expected_by(module) is x
     with outer as first, _Prepared(fc2, outer.x) as second:
-        block = Block(first, second, fc1.eps, _setup(fc1), run.current.stash)
-        return fused(outer.x, fc1.layer_norm_weight, block)
+        block = Block(first, second, fc1.eps, setup, run.current.stash)
+        y = fused(outer.x, fc1.layer_norm_weight, block, add)
+    return stream.done(y) if add else y
 
 
 def summary() -> str | None:

@@ -248,6 +248,15 @@ PATCHES: tuple[Patch, ...] = (
         apply=_fused("attention"),
     ),
     Patch(
+        module="megatron.core.transformer.transformer_layer",
+        symbol="TransformerLayer._forward_attention, _forward_mlp",
+        reason="says which residual is added next, so that the GEMM before adds it",
+        versions="0.17-0.19",
+        delete_when="TransformerEngine's block-scaled GEMM adds a residual",
+        when="fused",
+        apply=_fused("residual_stream"),
+    ),
+    Patch(
         module="megatron.core.fusions.fused_bias_dropout",
         symbol="get_bias_dropout_add",
         reason="one sum where there is neither bias nor dropout; compiled, it keeps the host busy",

@@ -120,15 +120,17 @@ class TEGemm:
         self._gemm = _without_python if te.is_known else te.gemm
         self._direct = direct and cublaslt.reason(torch.cuda.current_device()) is None
 
-    def fprop(self, x: BlockCast, weight: Any, bias: Tensor | None = None) -> Tensor:
-        """x W^T + b, `[M, N]` BF16."""
+    def fprop(
+        self, x: BlockCast, weight: Any, bias: Tensor | None = None, add: Tensor | None = None
+    ) -> Tensor:
+        """x W^T + b (+ `add`), `[M, N]` BF16."""
         if self._direct and x.rows is not None and (bias is None or bias.dtype is torch.bfloat16):
             w = Operand(weight._rowwise_data, weight._rowwise_scale_inv)
-            return cublaslt.matmul(w, x.rows, True, _empty(x.rows, w), bias=bias)
+            return cublaslt.matmul(w, x.rows, True, _empty(x.rows, w), bias=bias, add=add)
         y: Tensor = self._gemm(
             weight, _wrap(x), out_dtype=torch.bfloat16, bias=bias, use_split_accumulator=True
         )[0]
-        return y
+        return y if add is None else y.add_(add)
 
     def dgrad(self, dy: BlockCast, weight: Any) -> Tensor:
         """dy W, `[M, K]` BF16."""

@@ -1,4 +1,4 @@
-"""The residual's gradient inside the norm's backward: the same sums, wherever the shorter way is taken."""
+"""The residual inside the GEMM and the norm's backward: the same sums, wherever the shorter way is taken."""
 
 from __future__ import annotations
 
@@ -31,20 +31,31 @@ class Model:
         self.block, self.how = Block(fc1, fc2, EPS, how), how
 
     def attention(self, x):
-        inner = norm_linear(x, self.gain, EPS, self.qkv, None, self.how)
-        return cast_linear(torch.tanh(inner), self.proj, self.how)
+        inner = torch.tanh(norm_linear(x, self.gain, EPS, self.qkv, None, self.how))
+        past = residual.expected_by("attention")
+        y = cast_linear(inner, self.proj, self.how, past)
+        return y if past is None else residual.done(y)
 
     def mlp(self, x):
-        return mlp(x, self.gain, self.block)
+        add = residual.expected_by("mlp") is x
+        y = mlp(x, self.gain, self.block, add)
+        return residual.done(y) if add else y
 
     def __call__(self, x, add, through=lambda f, x: f(x)):
         x = add(through(self.attention, x), x)
         return add(through(self.mlp, x), x)
 
+    def announced(self, x, add):
+        """The same, with a layer that says what it adds."""
+        with residual.follows("attention", x):
+            x = add(self.attention(x), x)
+        with residual.follows("mlp", x):
+            return add(self.mlp(x), x)
 
-def gradients(model, add, **kwargs):
+
+def gradients(model, add, announced=False, **kwargs):
     source = random(M, B, H, seed=1).requires_grad_()
-    y = model(source * 1, add, **kwargs)
+    y = (model.announced if announced else model)(source * 1, add, **kwargs)
     inputs = [source, model.gain, *model.weights]
     for tensor in inputs:
         tensor.grad = None
@@ -80,6 +91,32 @@ def test_gradients_are_those_of_plain_sums(taken):
     assert torch.equal(y, want_y)
     for mine, theirs in zip(got, want, strict=True):
         assert sqnr(mine, theirs) > FLOOR
+
+
+def test_the_gemm_adds_the_residual(taken):
+    """One rounding where there were two; the gradients take the shorter way too."""
+    model = Model()
+    want_y, want = gradients(model, plain)
+    taken.clear()
+    y, got = gradients(model, residual.add, announced=True)
+    assert taken == [True]  # the attention's; the MLP's own backward has the gradient
+    assert FLOOR < sqnr(y.detach(), want_y.detach()) < 90
+    for mine, theirs in zip(got, want, strict=True):
+        assert sqnr(mine, theirs) > FLOOR
+    with torch.no_grad():
+        x = random(M, B, H, seed=1)
+        assert torch.equal(model.announced(x, plain), model(x, plain))
+
+
+def test_a_residual_added_and_added_again_is_said():
+    model, x = Model(), random(M, B, H, seed=1).requires_grad_() * 1
+    with pytest.raises(RuntimeError, match="did not ask for that sum"), residual.follows("mlp", x):
+        plain(model.mlp(x), x)
+    # Not this module's, not the whole input: nothing is added.
+    with residual.follows("mlp", x):
+        assert torch.equal(model.attention(x), Model().attention(x))
+        half = x[: M // 2]
+        assert residual.add(mlp(half, model.gain, model.block), half) is not None
 
 
 def test_one_rounding_where_there_were_two():
