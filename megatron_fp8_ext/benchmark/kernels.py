@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
-from itertools import product
 from typing import Any
 
 import torch
@@ -192,6 +191,8 @@ def _cast_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
             for warps in _warps(sweep):
                 call = partial(cast.cast_1x128, x, "power_of_two", bool(rows), bool(columns), warps)
                 yield f"cast 1x128 {name}, K={width}", "ours", moved, 0, call, _by(warps)
+        both = partial(cast.cast_1x128_and_sum, x, "power_of_two")
+        yield f"cast 1x128 both + sum of columns, K={width}", "ours", x.numel() * 4, 0, both, ""
         te = _te_cast(x, False)
         if te is not None:
             yield f"cast 1x128 both, K={width}", "TE", x.numel() * 4, 0, te, ""
@@ -213,24 +214,27 @@ def _swiglu_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
         yield "SwiGLU + cast", "ours", dy.numel() * 6, 0, both, _by(warps)
         late = partial(both, columns=False)
         yield "SwiGLU + cast rows", "ours", dy.numel() * 5, 0, late, _by(warps)
-        stash = partial(both, stash=True)
-        yield "SwiGLU + cast, stash", "ours", dy.numel() * 8, 0, stash, _by(warps)
+        stash = partial(late, stash=True)
+        yield "SwiGLU + cast rows, stash", "ours", int(dy.numel() * 7.125), 0, stash, _by(warps)
     kept = swiglu.swiglu_cast(x, "power_of_two", columns=False, stash=True).stash
-    tried: list[tuple[bool, int | None]] = [(True, None)]
-    if sweep:
-        tried += product((True, False), (8, 16))
-    for apart, warps in tried:
-        note = _by(warps) + ("" if apart else ", one program for all results")
-        backward = partial(
-            swiglu.swiglu_backward_cast, dy, x, "power_of_two", apart=apart, warps=warps
-        )
+    for warps in _warps(sweep):
+        note = _by(warps)
+        backward = partial(swiglu.swiglu_backward_cast, dy, x, "power_of_two", warps=warps)
         yield "SwiGLU backward + cast", "ours", dy.numel() * 10, 0, backward, note
         again = partial(backward, y_columns=True)
         yield "SwiGLU backward + cast + y", "ours", dy.numel() * 11, 0, again, note
-        of_stash = partial(
-            swiglu.swiglu_backward_cast, dy, kept or x, "power_of_two", apart=apart, warps=warps
+        of_stash = partial(swiglu.swiglu_backward_cast, dy, kept or x, "power_of_two", warps=warps)
+        yield (
+            "SwiGLU backward + cast of a stash",
+            "ours",
+            int(dy.numel() * 8.125),
+            0,
+            of_stash,
+            note,
         )
-        yield "SwiGLU backward + cast of a stash", "ours", dy.numel() * 8, 0, of_stash, note
+        whole = partial(of_stash, y_columns=True)
+        moved = int(dy.numel() * 9.125)
+        yield "SwiGLU backward + cast of a stash + y", "ours", moved, 0, whole, note
     te_y, te_dx = _te_cast(dy, False), _te_cast(x, False)
     if te_y is None or te_dx is None:
         return
@@ -266,6 +270,7 @@ def _norm_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
         rmsnorm.rmsnorm_backward_cast, dy, x, w, rstd, "power_of_two", rows=False, columns=False
     )
     yield "RMSNorm backward", "ours", n * 6, 0, plain, ""
+    yield "RMSNorm backward + residual", "ours", n * 8, 0, partial(plain, residual=past), ""
     for warps in _warps(sweep):
         late = partial(rmsnorm.rmsnorm_columns, x, w, rstd, "power_of_two", warps)
         yield "RMSNorm columns", "ours", n * 3, 0, late, _by(warps)

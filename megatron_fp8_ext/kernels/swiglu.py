@@ -33,7 +33,6 @@ from megatron_fp8_ext.kernels.cast import (
 from megatron_fp8_ext.kernels.stash import PER_TILE, SMALLEST_SCALE, Stash
 from megatron_fp8_ext.recipe import ScaleFormat
 
-# With a program for each result; one program for all of them takes every register at 8 warps.
 BACKWARD_WARPS = 16
 _PER_TILE = tl.constexpr(PER_TILE)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
@@ -136,41 +135,6 @@ def _gradients(dy, gate, up):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
-    dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, y_codes, y_scales, kept,
-    M, F, row_stride, col_stride, y_stride,
-    LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr, KEEP: tl.constexpr, STASH: tl.constexpr, Y_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """F is a multiple of 128: a tile of dy gives one tile of each half."""
-    tile_k, tile_m = tl.program_id(0), tl.program_id(1)
-    if STASH:
-        gate = _unstash(x, stash_scales, tile_m, tile_k, M, 2 * F, WHOLE)
-        up = _unstash(x, stash_scales, tile_m, tile_k + F // TILE, M, 2 * F, WHOLE)
-    else:
-        gate = load_tile(x, tile_m, tile_k, M, F, 2 * F, WHOLE)
-        up = load_tile(x + F, tile_m, tile_k, M, F, 2 * F, WHOLE)
-    grad = load_tile(dy, tile_m, tile_k, M, F, F, WHOLE)
-    if Y_COLUMNS:
-        store_tile(
-            _product(gate, up), tile_m, tile_k, M, F,
-            y_codes, y_scales, y_stride, y_codes, y_scales, y_stride,
-            LARGEST, POWER_OF_TWO, False, False, True, WHOLE,
-        )  # fmt: skip
-    dgate, dup = _gradients(grad, gate, up)
-    for half in tl.static_range(2):
-        part = dgate if half == 0 else dup
-        tile = tile_k + half * (F // TILE)
-        if KEEP:
-            _keep(kept, part, tile_m, tile, M, 2 * F)
-        store_tile(
-            part, tile_m, tile, M, 2 * F,
-            row_codes, row_scales, row_stride, col_codes, col_scales, col_stride,
-            LARGEST, POWER_OF_TWO, False, ROWS, COLUMNS, WHOLE,
-        )  # fmt: skip
-
-
-@triton.jit
 def _load_half(  # type: ignore[no-untyped-def]
     x, scales, half, tile_m, tile_k, M, F, STASH: tl.constexpr, WHOLE: tl.constexpr
 ):
@@ -211,13 +175,13 @@ def _one_result(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward_apart_kernel(  # type: ignore[no-untyped-def]
+def _backward_kernel(  # type: ignore[no-untyped-def]
     dy, x, stash_scales, row_codes, row_scales, col_codes, col_scales, y_codes, y_scales, kept,
     M, F, row_stride, col_stride, y_stride,
     LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr, KEEP: tl.constexpr, STASH: tl.constexpr, Y_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """As `_backward_kernel`, with a program for each of the results of a tile.
+    """F is a multiple of 128: a tile of dy gives one tile of each half, each by a program of its own.
 
     One result needs half of the registers of three, so twice the warps are at work; the neighbours
     read the same tiles at the same time, from L2.
@@ -360,7 +324,6 @@ def swiglu_backward_cast(
     columns: bool = True,
     keep: bool = False,
     y_columns: bool = False,
-    apart: bool = True,
     warps: int | None = None,
 ) -> ActivationGradients:
     """Return the cast of the gradient of SwiGLU's input.
@@ -373,7 +336,6 @@ def swiglu_backward_cast(
         columns: whether the operand of fc1's wgrad is wanted.
         keep: return the BF16 gradient `[M, 2F]` too (fc1's bias gradient, or tests).
         y_columns: compute SwiGLU's result again and return the operand of fc2's wgrad.
-        apart: a program for each result of a tile instead of one for all (Triton's).
         warps: of Triton's program; None for what was found best (`hopper`, or Triton).
 
     Raises:
@@ -413,12 +375,11 @@ def swiglu_backward_cast(
         return ActivationGradients(out, late, kept)
     y = cast.allocate(m, f, dy.device, (False, True)) if y_columns else None
     _, _, y_codes, y_scales, _, y_stride = cast.pointers(y or out, dy)
-    kernel = _backward_apart_kernel if apart else _backward_kernel
-    results = (3 if y_columns else 2) if apart else 1
-    kernel[(results * triton.cdiv(f, BLOCK), triton.cdiv(m, BLOCK))](
+    results = 3 if y_columns else 2
+    _backward_kernel[(results * triton.cdiv(f, BLOCK), triton.cdiv(m, BLOCK))](
         dy, values, stash_scales, *operands, y_codes, y_scales, dy if kept is None else kept,
         m, f, row_stride, col_stride, y_stride,
         **fixed, KEEP=keep, STASH=stash is not None, Y_COLUMNS=y_columns, num_warps=warps,
-        **(cast.registers(warps) if apart else {}),
+        **cast.registers(warps),
     )  # fmt: skip
     return ActivationGradients(out, y, kept)
