@@ -103,7 +103,8 @@ def tile_macros(
         ("KEEP", int(keep)),
         ("STASH", int(stash)),
         ("TOTAL", int(total)),
-        ("BLOCKS", BACKWARD_PROGRAMS if "backward" in source else PROGRAMS),
+        # Sums of columns beside a cast need registers too.
+        ("BLOCKS", BACKWARD_PROGRAMS if "backward" in source or total else PROGRAMS),
     )
 
 

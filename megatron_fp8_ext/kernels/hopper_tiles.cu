@@ -173,13 +173,13 @@ __device__ __forceinline__ uint4 eight(const u16 *matrix, const Place &at, int i
   return __ldg((const uint4 *)(matrix + row * columns + at.tile_k * 128 + at.first_column));
 }
 
-__device__ __forceinline__ float product(float gate, float up) { return gate * reciprocal(1.0f + __expf(-gate)) * up; }
+__device__ __forceinline__ float product(float gate, float up) { return gate * sigmoid_of(gate) * up; }
 __device__ __forceinline__ float gate_gradient(float dy, float gate, float up) {
-  float sigmoid = reciprocal(1.0f + __expf(-gate));
+  float sigmoid = sigmoid_of(gate);
   return dy * up * sigmoid * (1.0f + gate * (1.0f - sigmoid));
 }
 __device__ __forceinline__ float up_gradient(float dy, float gate) {
-  return dy * gate * reciprocal(1.0f + __expf(-gate));
+  return dy * gate * sigmoid_of(gate);
 }
 
 #if STASH
@@ -206,23 +206,29 @@ __device__ __forceinline__ u32 integers(u32 pair, float inverse) {
   return __byte_perm(__float_as_uint(first), __float_as_uint(second), 0x0040);
 }
 
+// 1 / x, correctly rounded for every BF16 number from 2^-100 on: a Newton step from a result that is off by some ulp.
+__device__ __forceinline__ float reciprocal_rn(float x) {
+  const float near = reciprocal(x);
+  return fmaf(near, fmaf(-x, near, 1.0f), near);
+}
+
 // Eight columns of a row; four neighbouring lanes have a block of 32.
-__device__ __forceinline__ void keep_in_8_bits(const uint4 &x, const Place &at, int i, int half, const Arguments &a) {
+__device__ __forceinline__ void keep_in_8_bits(const uint4 &x, u8 *to, u16 *scale_to, bool first) {
   u32 both = larger_or_nan(larger_or_nan(magnitude(x.x), magnitude(x.y)),
                            larger_or_nan(magnitude(x.z), magnitude(x.w)));
 #pragma unroll
   for (int other = 1; other <= 2; other <<= 1) both = larger_or_nan(both, __shfl_xor_sync(~0u, both, other));
   both = larger_or_nan(both, __byte_perm(both, both, 0x1032));
   u32 bits = round_pair(low(both) * (1.0f / 127), 0.0f) & 0xFFFFu;
-  float inverse = __frcp_rn(__uint_as_float(bits << 16));
-  if (__uint_as_float(bits << 16) < 0x1p-100f) bits = 0, inverse = 0.0f;
-  const bool broken = !(low(both) < __uint_as_float(0x7F800000u));
+  const bool broken = (both & 0x7FFFu) >= 0x7F80u;  // infinite or NaN
+  const bool zero = bits < 0x0D80u;                 // 2^-100
+  const float inverse = zero || broken ? 0.0f : reciprocal_rn(__uint_as_float(bits << 16));
   uint2 codes;
   codes.x = __byte_perm(integers(x.x, inverse), integers(x.y, inverse), 0x5410);
   codes.y = __byte_perm(integers(x.z, inverse), integers(x.w, inverse), 0x5410);
-  if (broken) bits = 0x7FC0u, codes.x = codes.y = 0;
-  *(uint2 *)(a.stash_codes + stash_eight(at, i, half, a)) = codes;
-  if ((at.lane & 3) == 0) a.stash_scales[stash_block(at, i, half, a)] = (u16)bits;
+  if (broken) codes.x = codes.y = 0;  // infinity times zero is none
+  *(uint2 *)to = codes;
+  if (first) *scale_to = broken ? 0x7FC0u : zero ? 0 : (u16)bits;
 }
 
 // Eight columns out of their codes and the scale of their block: 2^23 + 128 + code as FP32, without a conversion.
@@ -244,6 +250,10 @@ __device__ __forceinline__ void unpack(float value[8], const uint4 &x) {
 
 #if SOURCE == SWIGLU
 __device__ __forceinline__ void activation(Tile &tile, const Place &at, const Arguments &a) {
+#if STASH
+  u8 *codes = a.stash_codes + stash_eight(at, 0, 0, a);
+  u16 *scales[2] = {a.stash_scales + stash_block(at, 0, 0, a), a.stash_scales + stash_block(at, 0, 1, a)};
+#endif
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     float gate[8], up[8];
@@ -251,8 +261,9 @@ __device__ __forceinline__ void activation(Tile &tile, const Place &at, const Ar
     unpack(gate, packed_gate);
     unpack(up, packed_up);
 #if STASH
-    keep_in_8_bits(packed_gate, at, i, 0, a);
-    keep_in_8_bits(packed_up, at, i, 1, a);
+    keep_in_8_bits(packed_gate, codes, scales[0] + 4 * i, (at.lane & 3) == 0);
+    keep_in_8_bits(packed_up, codes + a.columns, scales[1] + 4 * i, (at.lane & 3) == 0);
+    codes += 2 * a.columns;
 #endif
 #pragma unroll
     for (int p = 0; p < 4; p++)

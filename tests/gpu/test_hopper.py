@@ -125,7 +125,11 @@ def test_swiglu_of_what_is_not_finite_or_very_large():
     theirs = (torch.nn.functional.silu(x[:, :128].float()) * x[:, 128:].float()).bfloat16().float()
     assert torch.equal(ours.isnan(), theirs.isnan())
     finite = ~theirs.isnan() & (theirs.abs() > 1e-37)
-    assert torch.allclose(ours[finite], theirs[finite], rtol=2**-7)
+    # The kernel's sigmoid counts numbers below 2^-126 as zero.
+    there = x[:, :128] > -87
+    assert torch.allclose(ours[finite & there], theirs[finite & there], rtol=2**-7)
+    gone = finite & ~there
+    assert ((ours[gone] == 0) | (ours[gone] == theirs[gone])).all()
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)
