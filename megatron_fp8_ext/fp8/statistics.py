@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,9 +47,10 @@ def sums_of_each(x_BMK: Tensor, cast: Cast, scale_format: ScaleFormat) -> Tensor
     Matrices whose blocks end where they end are cast as one, below each other; others one by one.
     """
     count, rows, cols = x_BMK.shape
-    if cast.block == "tensor" or rows % cast.block[0]:
-        if count > 1:
-            return torch.cat([sums_of_each(x[None], cast, scale_format) for x in x_BMK])
+    if cast.block == "tensor":
+        cast = replace(cast, block=(rows, cols))
+    elif rows % cast.block[0] and count > 1:
+        return torch.cat([sums_of_each(x[None], cast, scale_format) for x in x_BMK])
     quantized = casts.quantize(x_BMK.reshape(count * rows, cols), cast, scale_format)
     block_m, block_k = quantized.block
     grid_m, grid_k = quantized.scale_inv.shape

@@ -83,3 +83,6 @@ def test_matrices_cast_together_have_their_own_statistics(block, shape):
     alone = torch.stack([statistics.sums(each, Cast(block=block), POW2) for each in x])
     assert together.shape == (3, 6)
     assert torch.allclose(together, alone, rtol=1e-12, atol=0)
+    for row, each in zip(together, x, strict=True):
+        left = each.float() - casts.quantize(each, Cast(block=block), POW2).dequantize()
+        assert row[1].item() == pytest.approx(left.square().sum(dtype=torch.float64).item())

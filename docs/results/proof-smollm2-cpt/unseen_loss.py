@@ -15,11 +15,12 @@ tokenizer = AutoTokenizer.from_pretrained(reference, local_files_only=True)
 files = sorted((Path(sympy.__file__).parent / "core").glob("*.py"))
 text = "\n".join(file.read_text(errors="replace") for file in files)
 ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
-rows = ids[: min(len(ids) // 1025, 300) * 1025].view(-1, 1025).cuda()
-model = logits.load_model(checkpoint, (reference,)).to("cuda", torch.bfloat16).eval()
+rows = ids[: min(len(ids) // 1025, 300) * 1025].view(-1, 1025)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = logits.load_model(checkpoint, (reference,)).to(device, torch.bfloat16).eval()
 total = 0.0
 with torch.no_grad():
-    for batch in rows.split(10):
+    for batch in rows.to(device).split(10):
         scores = model(batch[:, :-1]).logits.float().flatten(0, 1)
         total += torch.nn.functional.cross_entropy(
             scores, batch[:, 1:].flatten(), reduction="sum"
