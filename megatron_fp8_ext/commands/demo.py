@@ -58,12 +58,16 @@ def sft(
             "--pretrained", help="two stages from SmolLM2-135M-Instruct's released weights"
         ),
     ] = False,
+    parallel: Annotated[
+        int | None,
+        typer.Option(help="of --pretrained: runs at a time (default: one a GPU); 2 may share one"),
+    ] = None,
 ) -> None:
     """Packed SFT on a generated, verifiable reasoning set, in BF16 and in infir2."""
     if pretrained:
         from megatron_fp8_ext.demo import two_stages
 
-        two_stages.main(output, samples, epochs)
+        two_stages.main(output, samples, epochs, parallel)
         return
     from megatron_fp8_ext.demo import sft as run
 

@@ -77,13 +77,16 @@ class Stage:
     load: str
 
 
-def main(output: Path, samples: int | None, epochs: int | None) -> None:
+def main(
+    output: Path, samples: int | None, epochs: int | None, parallel: int | None = None
+) -> None:
     """Run both stages in both precisions; everything is under `output`.
 
     Args:
         output: folder.
         samples: of stage 1; None for what the machine can do in minutes.
         epochs: of each stage; None likewise.
+        parallel: runs at a time; None for one on each GPU.
 
     Raises:
         UserError: a missing package, too few samples, or a failed run (its log is named).
@@ -105,7 +108,7 @@ def main(output: Path, samples: int | None, epochs: int | None) -> None:
     )
     found = []
     for stage in stages:
-        found.append(_train(stage, output, scale, score, console))
+        found.append(_train(stage, output, scale, score, console, parallel))
         if stage.number < len(stages):
             _next_start(found[-1], released, console)
     console.print(_write(output, found, before))
@@ -181,7 +184,9 @@ def problems(output: Path, scale: Scale) -> tuple[Path, Path, tuple[Path, Path]]
     return short, long, tests
 
 
-def _train(stage: Stage, output: Path, scale: Scale, score: str, console: Console) -> Result:
+def _train(
+    stage: Stage, output: Path, scale: Scale, score: str, console: Console, parallel: int | None
+) -> Result:
     from megatron_fp8_ext.sft import pack_job, shards, statistics, template
 
     name = f"stage{stage.number}"
@@ -199,7 +204,7 @@ def _train(stage: Stage, output: Path, scale: Scale, score: str, console: Consol
     steps = shown.samples * scale.epochs // scale.batch
     argv = command(output / "weights", packed, stage, scale.batch, steps)
     members = plan.plan(argv, RECIPES, 1, steps, output / name, stats_interval=max(steps // 4, 1))
-    run.execute(members, console, score=score)
+    run.execute(members, console, parallel, score)
     found = report.write([output / name], output / name, console)
     for each in found.runs:
         if not each.run.ended_well:

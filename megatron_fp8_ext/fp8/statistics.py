@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,30 +38,46 @@ def sums(x_MK: Tensor, cast: Cast, scale_format: ScaleFormat) -> Tensor:
         cast: how it is cast.
         scale_format: how its scales are stored.
     """
-    quantized = casts.quantize(x_MK, cast, scale_format)
+    return sums_of_each(x_MK[None], cast, scale_format)[0]
+
+
+def sums_of_each(x_BMK: Tensor, cast: Cast, scale_format: ScaleFormat) -> Tensor:
+    """Return `[B, 6]`, the `sums` of each of B matrices of one shape, for little more than one's cost.
+
+    Matrices whose blocks end where they end are cast as one, below each other; others one by one.
+    """
+    count, rows, cols = x_BMK.shape
+    if cast.block == "tensor":
+        cast = replace(cast, block=(rows, cols))
+    elif rows % cast.block[0] and count > 1:
+        return torch.cat([sums_of_each(x[None], cast, scale_format) for x in x_BMK])
+    quantized = casts.quantize(x_BMK.reshape(count * rows, cols), cast, scale_format)
     block_m, block_k = quantized.block
     grid_m, grid_k = quantized.scale_inv.shape
 
     def blocks(values: Tensor) -> Tensor:
-        """By block, in FP32; zeros around a partial one count nowhere below."""
-        rows, cols = values.shape
-        padding = (0, grid_k * block_k - cols, 0, grid_m * block_m - rows)
+        """By matrix and block, in FP32; zeros around a partial one count nowhere below."""
+        padding = (0, grid_k * block_k - cols, 0, grid_m * block_m - values.shape[0])
         padded = torch.nn.functional.pad(values.to(torch.float32), padding)
-        return padded.view(grid_m, block_m, grid_k, block_k)
+        return padded.view(count, grid_m // count, block_m, grid_k, block_k)
 
-    x, scale_inv = blocks(x_MK), quantized.scale_inv[:, None, :, None]
+    x = blocks(x_BMK.reshape(count * rows, cols))
+    scale_inv = quantized.scale_inv.view(count, grid_m // count, 1, grid_k, 1)
     q = blocks(quantized.codes) * scale_inv
-    magnitude, flushed = x.abs(), q == 0
+    magnitude = x.abs()
+
+    def total(values: Tensor) -> Tensor:
+        return values.flatten(1).sum(1, dtype=torch.float64)
+
     parts = (
-        x.square().sum(dtype=torch.float64),
-        (x - q).square().sum(dtype=torch.float64),
-        x.count_nonzero().to(torch.float64),
-        flushed.logical_and(x).sum(dtype=torch.float64),
-        (magnitude > scale_inv * casts.CLIPPED_FROM[cast.dtype]).sum(dtype=torch.float64)
-        / x_MK.numel(),
-        magnitude.amax().to(torch.float64),
+        total(x.square()),
+        total((x - q).square()),
+        total(x != 0),
+        total((q == 0).logical_and(x)),
+        total(magnitude > scale_inv * casts.CLIPPED_FROM[cast.dtype]) / (rows * cols),
+        magnitude.flatten(1).amax(1).to(torch.float64),
     )
-    return torch.stack(parts)
+    return torch.stack(parts, 1)
 
 
 def summarise(values: Tensor) -> CastError:

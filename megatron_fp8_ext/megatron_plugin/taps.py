@@ -36,8 +36,11 @@ from megatron_fp8_ext.recipe import Cast, Format
 # Rows (tokens; for weights, output features) that are cast: whole blocks, and few enough that a sampled
 # iteration costs little more than another one.
 ROWS = 1024
+# Elements that are cast together: enough to keep a GPU busy, and at most 1 GiB of FP32 copies.
+TOGETHER = 1 << 25
 
 Operand = Literal["input rows", "input columns", "weight", "grad rows", "grad columns"]
+Key = tuple[int, str, Operand]  # layer, linear, operand
 _LINEAR = {"Linear", "LayerNormLinear", "ColumnParallelLinear", "RowParallelLinear"}
 _IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
@@ -49,10 +52,16 @@ class Taps:
         self.operands = operands
         self.gemms: Counter[str] = Counter()
         self.seconds = 0.0
-        self._sums: dict[tuple[int, str, Operand], Tensor] = {}
+        self._seen: dict[Key, None] = {}
+        self._waiting: dict[tuple[Cast, torch.Size, torch.dtype], list[tuple[Key, Tensor]]] = {}
+        self._elements = 0
+        self._sums: dict[Key, Tensor] = {}
 
     def observe(self, layer: int, linear: str, operand: Operand, values: Tensor) -> None:
         """Cast the first rows of `values` `[..., K]` as the recipe casts this operand.
+
+        Operands of one shape and cast wait for each other, for a layer's are small: their rows are
+        kept until there are enough, and cast together.
 
         Args:
             layer: Megatron's layer number, from 1 over all pipeline stages.
@@ -61,8 +70,9 @@ class Taps:
             values: the high-precision tensor; for `columns` as for `rows`, tokens first.
         """
         key = (layer, linear, operand)
-        if key in self._sums:
+        if key in self._seen:
             return
+        self._seen[key] = None
         start = time.perf_counter()
         kind = operand.split()[0]
         cast = {
@@ -74,15 +84,30 @@ class Taps:
             x_MK = values.detach().reshape(-1, values.shape[-1])[:ROWS]
             if operand.endswith("columns"):
                 x_MK = x_MK.t()
-            self._sums[key] = statistics.sums(x_MK.contiguous(), cast, self.operands.scale_format)
+            # A copy: the rest of the tensor is freed when the model is done with it.
+            kept = x_MK.clone(memory_format=torch.contiguous_format)
+        self._waiting.setdefault((cast, kept.shape, kept.dtype), []).append((key, kept))
+        self._elements += kept.numel()
+        if self._elements >= TOGETHER:
+            self._cast()
         self.seconds += time.perf_counter() - start
+
+    def _cast(self) -> None:
+        for (cast, _, _), group in self._waiting.items():
+            table = statistics.sums_of_each(
+                torch.stack([x_MK for _, x_MK in group]), cast, self.operands.scale_format
+            )
+            self._sums.update(zip((key for key, _ in group), table, strict=True))
+        self._waiting, self._elements = {}, 0
 
     def record(self, iteration: int) -> dict[str, Any]:
         """Return the line to write; waits for the device once."""
         start = time.perf_counter()
-        table = torch.stack([*self._sums.values()]).cpu() if self._sums else torch.empty(0, 6)
+        self._cast()
+        sums = [self._sums[key] for key in self._seen]  # in the order they were met
+        table = torch.stack(sums).cpu() if sums else torch.empty(0, 6)
         layers = []
-        for (layer, linear, operand), row in zip(self._sums, table, strict=True):
+        for (layer, linear, operand), row in zip(self._seen, table, strict=True):
             # JSON has no infinity: null says that the cast was exact, or that nothing was left.
             error = {
                 name: value if math.isfinite(value) else None

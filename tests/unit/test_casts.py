@@ -72,3 +72,17 @@ def test_only_a_control_may_have_other_casts():
     with pytest.raises(ValueError, match="only scaled e4m3"):
         FP8Recipe(name="x", summary="", input=cast)
     FP8Recipe(name="x", summary="", input=cast, control=True)
+
+
+@pytest.mark.parametrize("block", [(1, 128), (128, 128), "tensor"])
+@pytest.mark.parametrize("shape", [(256, 320), (200, 130)], ids=["whole blocks", "partial ones"])
+def test_matrices_cast_together_have_their_own_statistics(block, shape):
+    x = torch.randn(3, *shape).bfloat16() * torch.tensor([1.0, 1e-3, 50.0])[:, None, None]
+    x[0, 0] = 0
+    together = statistics.sums_of_each(x, Cast(block=block), POW2)
+    alone = torch.stack([statistics.sums(each, Cast(block=block), POW2) for each in x])
+    assert together.shape == (3, 6)
+    assert torch.allclose(together, alone, rtol=1e-12, atol=0)
+    for row, each in zip(together, x, strict=True):
+        left = each.float() - casts.quantize(each, Cast(block=block), POW2).dequantize()
+        assert row[1].item() == pytest.approx(left.square().sum(dtype=torch.float64).item())

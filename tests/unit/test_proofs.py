@@ -42,7 +42,7 @@ def test_qwen_is_of_the_size_its_name_says(prepare, tmp_path):
     ready, steps = prepare(["qwen2.5-0.4b"], None)
     assert steps == 400 and ready.score is None
     assert 0.35e9 < parameters(ready.command) < 0.45e9
-    assert arguments.value(ready.command, "--lr-warmup-iters") == "20"
+    assert arguments.value(ready.command, "--lr-warmup-iters") == "100"
     # The whole ablation plans: 7 recipes x 3 seeds, each a whole command.
     members = plan.plan(ready.command, ABLATION, 3, steps, tmp_path)
     assert len(members) == 21 and len({m.argv for m in members}) == 21
