@@ -300,12 +300,15 @@ def _loss_cases(shape: Shape) -> Iterator[Case]:
 
 def gemm_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
     """The three products of each linear layer: torch's in BF16, TransformerEngine's and the fused layers'."""
+    from megatron_fp8_ext.kernels import cublaslt
     from megatron_fp8_ext.kernels.cast import BlockCast, cast_1x128
     from megatron_fp8_ext.megatron_plugin import te_tensor
     from megatron_fp8_ext.megatron_plugin.te_gemm import TEGemm
 
     try:
-        gemms = {"TE blockwise": TEGemm(direct=False), "as in the layer": TEGemm()}
+        gemms = {"TE blockwise": TEGemm(direct=False)}
+        if cublaslt.reason(torch.cuda.current_device()) is None:
+            gemms["cuBLASLt, called here"] = TEGemm(direct=True)
         quantize = te_tensor.quantizer("power_of_two", True)
     except (ImportError, OSError) as error:
         raise UserError(f"bench gemm needs TransformerEngine: {error}") from error

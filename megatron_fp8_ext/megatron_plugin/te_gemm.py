@@ -1,6 +1,6 @@
 """The block-scaled GEMM under the fused functions, and TransformerEngine's FP8 weights as their operands.
 
-cuBLASLt is called directly where it can be (`kernels.cublaslt`), through TransformerEngine elsewhere.
+TransformerEngine calls cuBLASLt, or this package does where that is asked for (`kernels.cublaslt`).
 
 Written against TransformerEngine 2.20 (`pytorch/module/layernorm_linear.py`, `module/base.py`): the calls and
 their order are those of its own modules.
@@ -114,11 +114,18 @@ def _without_python(
 class TEGemm:
     """The protocol of `fused.gemm`; the weight is TransformerEngine's FP8 tensor."""
 
-    def __init__(self, direct: bool = True) -> None:
-        """`direct`: call cuBLASLt here where it can be; otherwise TransformerEngine does."""
+    def __init__(self, direct: bool | None = None) -> None:
+        """`direct`: call cuBLASLt here, if it can be; None where the environment asks for it.
+
+        Raises:
+            CublasError: it is asked for and cannot be.
+        """
         te = _te()
         self._gemm = _without_python if te.is_known else te.gemm
-        self._direct = direct and cublaslt.reason(torch.cuda.current_device()) is None
+        self._direct = cublaslt.asked() if direct is None else direct
+        gap = cublaslt.reason(torch.cuda.current_device()) if self._direct else None
+        if gap is not None:
+            raise cublaslt.CublasError(f"{cublaslt.VARIABLE}=cublaslt: {gap}")
 
     def fprop(
         self, x: BlockCast, weight: Any, bias: Tensor | None = None, add: Tensor | None = None

@@ -123,12 +123,13 @@ def test_swiglu_of_what_is_not_finite_or_very_large():
     x = torch.cat((gate, up), dim=1).to("cuda", torch.bfloat16)
     ours = swiglu.swiglu_cast(x, "power_of_two", keep=True).kept.float()
     theirs = (torch.nn.functional.silu(x[:, :128].float()) * x[:, 128:].float()).bfloat16().float()
-    assert torch.equal(ours.isnan(), theirs.isnan())
+    # The kernel's sigmoid counts numbers below 2^-126 as zero, those of gates below -87.3.
+    small = x[:, :128] < -87
+    assert torch.equal(ours[~small].isnan(), theirs[~small].isnan())
+    assert torch.equal(ours.isfinite(), theirs.isfinite())
     finite = ~theirs.isnan() & (theirs.abs() > 1e-37)
-    # The kernel's sigmoid counts numbers below 2^-126 as zero.
-    there = x[:, :128] > -87
-    assert torch.allclose(ours[finite & there], theirs[finite & there], rtol=2**-7)
-    gone = finite & ~there
+    assert torch.allclose(ours[finite & ~small], theirs[finite & ~small], rtol=2**-7)
+    gone = finite & small & theirs.isfinite()
     assert ((ours[gone] == 0) | (ours[gone] == theirs[gone])).all()
 
 
@@ -167,7 +168,10 @@ def test_stash(m, f):
     (dx,) = torch.autograd.grad(y, exact, dy.float())
     finite = dx.isfinite()
     assert torch.equal(finite, ours.kept.isfinite())
-    assert ulps_apart(ours.kept[finite], dx[finite]) <= 2
+    # The kernel's sigmoid counts numbers below 2^-126 as zero, those of gates below -87.3.
+    small = (gate.detach() < -87).repeat(1, 2)
+    assert ulps_apart(ours.kept[finite & ~small], dx[finite & ~small]) <= 2
+    assert (ours.kept[finite & small].abs() <= 1e-30).all()
     same(ours.cast, cast_1x128(ours.kept, "power_of_two"))
     theirs = swiglu.swiglu_backward_cast(dy, made.stash, "power_of_two", y_columns=True, warps=16)
     codes = ours.y.columns.codes, theirs.y.columns.codes
