@@ -170,11 +170,14 @@ def explain(error: BaseException, args: Any) -> UserError | None:
                 f"Ray killed a worker because the node ran out of memory; {advice(args)}"
             )
         if isinstance(seen, (ray.exceptions.ActorDiedError, ray.exceptions.WorkerCrashedError)):
-            who = getattr(seen, "_actor_init_failed", None)
-            what = "an actor could not start" if who else "an actor died in the middle of its work"
+            if getattr(seen, "_actor_init_failed", False):  # its constructor raised
+                reason = str(seen).strip().splitlines()[-1].strip()
+                return UserError(
+                    f"an actor could not start: {reason}; mend it, then {advice(args)}"
+                )
             return UserError(
-                f"{what} (killed, out of memory, or a crash of its process; Ray's log: "
-                f"/tmp/ray/session_latest/logs); {advice(args)}"
+                "an actor died in the middle of its work (killed, out of memory, or a crash of its process; "
+                f"Ray's log: /tmp/ray/session_latest/logs); {advice(args)}"
             )
     return None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_fp8_ext.checkpoint import layout
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.megatron_plugin import arguments, flags, import_hook, run
 from megatron_fp8_ext.recipe import FP8Recipe, get_recipe
@@ -28,6 +29,11 @@ from megatron_fp8_ext.slime_plugin import (
 )
 
 INIT = "megatron_fp8_ext.slime_plugin.init"
+GATHER = "--fp8-param-gather"
+KEPT = (
+    "weights stay BF16: slime takes its FP32 main parameters from the model's weights, and FP8 ones "
+    f"would round them; {GATHER} keeps them in FP8 nevertheless"
+)
 
 
 def main(argv: Sequence[str] | None = None, repository: Path | None = None) -> None:
@@ -50,7 +56,7 @@ def _run(script: str, words: list[str], repository: Path | None) -> None:
     sys.path.insert(0, str(slime.root))
     name = flags.requested(words, os.environ)
     recipe = get_recipe(name) if name is not None else None
-    words = implied(words, recipe)
+    written, words = words, implied(words, recipe)
     sys.argv = [script, *words]
     preflight.refuse_unsafe_loading(os.environ)
     variables: dict[str, str] = {}
@@ -67,6 +73,8 @@ def _run(script: str, words: list[str], repository: Path | None) -> None:
     import_hook.install()
     mended = resumption.prepare(words)
     args, notes = parse(recipe)
+    if flags.NO_PARAM_GATHER in words and flags.NO_PARAM_GATHER not in written:
+        notes = [*notes, KEPT]
     for note in (*mended, *notes):
         run.say(note)
     module = _load(slime.root / script)
@@ -96,7 +104,16 @@ def implied(words: Sequence[str], recipe: FP8Recipe | None) -> list[str]:
     ):
         if not arguments.has(out, flag) and not arguments.has(out, unless):
             out.append(flag)
+    own = arguments.first_written(out, (GATHER, flags.NO_PARAM_GATHER))
+    if recipe.is_fp8 and flags.EMULATE not in out and own is None and _starts_from_weights(out):
+        out.append(flags.NO_PARAM_GATHER)
     return out
+
+
+def _starts_from_weights(words: Sequence[str]) -> bool:
+    """Whether slime loads weights alone: of `--ref-load`, or of a Hugging Face folder in `--load`."""
+    load = arguments.value(words, "--load")
+    return load is None or not (Path(load) / layout.TRACKER).is_file()
 
 
 def parse(recipe: FP8Recipe | None) -> tuple[Any, list[str]]:

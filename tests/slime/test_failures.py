@@ -110,3 +110,10 @@ def test_a_full_disk_and_a_dead_actor_are_explained(tmp_path, monkeypatch):
     assert failures.explain(load, args) is None
     died = str(failures.explain(ray.exceptions.ActorDiedError(), args))
     assert "an actor died" in died and "start the same command again" in died
+
+
+def test_an_actor_whose_constructor_raises_says_what_it_raised(tmp_path):
+    ray = pytest.importorskip("ray")
+    raised = ray.exceptions.RayTaskError("init", "Traceback ...\nRuntimeError: no device", None)
+    said = str(failures.explain(ray.exceptions.ActorDiedError(raised), Namespace(save=None)))
+    assert said.startswith("an actor could not start: RuntimeError: no device; mend it, then")

@@ -10,6 +10,7 @@ import sys
 import pytest
 import trees
 
+from megatron_fp8_ext import recipe
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.slime_plugin import checkout, launch, leftovers
 from megatron_fp8_ext.slime_plugin.stages import STAGES
@@ -152,3 +153,20 @@ def test_slime_is_found_or_said_to_be_missing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match="unrelated statistics package"):
         checkout.find({})
+
+
+def test_a_start_from_weights_alone_keeps_them_in_bf16(tmp_path):
+    """slime's main parameters are copies of the model's weights: FP8 ones would round them."""
+    gather, keep = launch.GATHER, "--no-fp8-param-gather"
+
+    def words(*more):
+        return launch.implied(["--ref-load", "hf", *more], recipe.INFIR2_RL)
+
+    assert keep in words()
+    assert keep in words("--load", str(tmp_path))  # nothing saved yet
+    assert keep not in words(gather)
+    assert keep not in words("--fp8-emulate")
+    assert words(keep).count(keep) == 1
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    assert keep not in words("--load", str(tmp_path))  # its layout decides
+    assert keep not in launch.implied(["--ref-load", "hf"], recipe.BF16)
