@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import run
 
 from megatron_fp8_ext.benchmark import device_time, sides, step
 from megatron_fp8_ext.errors import UserError
+from megatron_fp8_ext.megatron_plugin import step_timing
 
 CLI = (sys.executable, "-m", "megatron_fp8_ext.cli", "bench", "step")
 STEP = step.Step(
@@ -154,3 +156,26 @@ def test_one_iteration_more_for_the_kernels():
     more = dataclasses.replace(STEP, kernels=True)
     argv = step.command(more, sides.parse("infir2")[0])
     assert argv[argv.index("--train-iters") + 1] == "4"
+
+
+def test_a_span_is_no_kernel_and_a_lambda_is():
+    torch = pytest.importorskip("torch")
+    cuda, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    def event(name, us, where=cuda):
+        return SimpleNamespace(
+            name=name, device_type=where, time_range=SimpleNamespace(elapsed_us=lambda: us)
+        )
+
+    events = [
+        event("void copy_kernel(at::TensorIteratorBase&)::{lambda(float)#1}", 500.0),
+        event("Optimizer.step#FusedAdam.step", 9000.0),
+        event("adam", 2000.0),
+        event("adam", 1000.0),
+        event("aten::add", 70.0, host),
+    ]
+    found = step_timing.kernels_of(SimpleNamespace(events=lambda: events))
+    assert [(name.split("(")[0], ms, calls) for name, ms, calls in found] == [
+        ("adam", 3.0, 2),
+        ("void copy_kernel", 0.5, 1),
+    ]
