@@ -6,6 +6,8 @@ to 0.19 with TransformerEngine 2.20 (today's). Everything else is tried and said
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -63,15 +65,27 @@ def distribution_version(name: str) -> str | None:
         return None
 
 
+@functools.cache
+def source_digest() -> str:
+    """Return a short digest of this package's source: a version alone does not tell two checkouts apart."""
+    import megatron_fp8_ext
+
+    root = Path(megatron_fp8_ext.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".cu", ".cuh")):
+        digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def versions() -> dict[str, str]:
-    """Return what a run's numbers depend on: versions of the stack, and the device."""
+    """Return what a run's numbers depend on: versions of the stack, our own source, and the device."""
     import torch
 
     import megatron_fp8_ext
 
     on_gpu = torch.cuda.is_available()
     return {
-        "megatron_fp8_ext": megatron_fp8_ext.__version__,
+        "megatron_fp8_ext": f"{megatron_fp8_ext.__version__} (source {source_digest()})",
         "megatron": megatron_version(),
         "torch": str(torch.__version__),
         "transformer_engine": (distribution_version("transformer-engine") if on_gpu else None)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
+import os
 import shutil
 import signal
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ _WRITES = ("save_model()", "update_weights()")
 # The main thread waits inside ray.get, which a signal's KeyboardInterrupt ends. Not SIGINT: a script's
 # `python ... &` ignores that one.
 _WAKE = signal.SIGUSR2
+
+
+def _ray_logs(environ: Mapping[str, str]) -> Path:
+    return Path(environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "session_latest" / "logs"
 
 
 def ailment(url: str, timeout: float) -> str | None:
@@ -177,7 +182,7 @@ def explain(error: BaseException, args: Any) -> UserError | None:
                 )
             return UserError(
                 "an actor died in the middle of its work (killed, out of memory, or a crash of its process; "
-                f"Ray's log: /tmp/ray/session_latest/logs); {advice(args)}"
+                f"Ray's log: {_ray_logs(os.environ)}); {advice(args)}"
             )
     return None
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_fp8_ext.checkpoint import layout
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.megatron_plugin import arguments, flags, import_hook, run
+from megatron_fp8_ext.megatron_plugin import arguments, flags, fused_flags, import_hook, run
 from megatron_fp8_ext.recipe import FP8Recipe, get_recipe
 from megatron_fp8_ext.slime_plugin import (
     checkout,
@@ -68,6 +68,8 @@ def _run(script: str, words: list[str], repository: Path | None) -> None:
         transport.adopt_in_driver(variables)
     else:
         environment = {"env_vars": {}}
+    # The actors compute every layer as TransformerEngine does, and the summary says so.
+    os.environ.setdefault(fused_flags.VARIABLE, fused_flags.NOT_FUSED.text)
     # The GPUs are the actors'; each of them checks its own in `init`.
     run.current.gpus_elsewhere = flags.EMULATE not in words
     import_hook.install()

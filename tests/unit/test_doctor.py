@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +142,24 @@ def test_a_checkout_keeps_its_commit(tmp_path):
         env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert done.stdout.split() == ["0.19.2+abc1234", "False"], done.stderr
+
+
+def test_the_source_s_digest_tells_two_checkouts_apart(tmp_path):
+    root = Path(compat.__file__).parent.parent
+    copy = tmp_path / "megatron_fp8_ext"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def digest():
+        code = "from megatron_fp8_ext.megatron_plugin import compat; print(compat.source_digest())"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    assert digest() == compat.source_digest()
+    (copy / "notes.txt").write_text("no source")
+    assert digest() == compat.source_digest()
+    kernel = copy / "kernels" / "hopper.cuh"
+    kernel.write_text(kernel.read_text() + "\n")
+    assert digest() != compat.source_digest()
