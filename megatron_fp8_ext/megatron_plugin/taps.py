@@ -296,8 +296,26 @@ def _write(record: dict[str, Any], directory: Path) -> None:
     writer = get_tensorboard_writer()
     if writer is None:
         return
-    for row in record["layers"]:
-        place = f"layer {row['layer']} {row['linear']} {row['operand']}"
-        for name in ("sqnr_db", "underflow", "saturation"):
-            if row[name] is not None:
-                writer.add_scalar(f"fp8 {name}/{place}", row[name], record["iteration"])
+    scalars = {
+        f"fp8 {name}/layer {row['layer']} {row['linear']} {row['operand']}": row[name]
+        for row in record["layers"]
+        for name in ("sqnr_db", "underflow", "saturation")
+        if row[name] is not None
+    }
+    write_scalars(writer, scalars, record["iteration"])
+
+
+def write_scalars(writer: Any, scalars: dict[str, float], step: int) -> None:
+    """Write many values of one step to TensorBoard as one event.
+
+    `add_scalar` of 1800 of them, a small model's, takes 0.1 to 0.4 s; this 2 to 10 ms.
+
+    Args:
+        writer: `torch.utils.tensorboard.SummaryWriter`.
+        scalars: values by tag.
+        step: the iteration.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+    writer._get_file_writer().add_summary(Summary(value=values), step)
