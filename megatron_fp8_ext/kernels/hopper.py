@@ -108,11 +108,9 @@ def tile_macros(
     )
 
 
-def tile_shared(source: str, stash: bool) -> int:
-    """Bytes of dynamic shared memory: dy, gate and up of a tile for SwiGLU's backward."""
-    if "backward" not in source:
-        return 0
-    return BLOCK * BLOCK * (2 + 2 * (1 if stash else 2))
+def tile_shared(source: str) -> int:
+    """Bytes of dynamic shared memory: three BF16 tiles, inputs and then results, for SwiGLU's backward."""
+    return 3 * 2 * BLOCK * BLOCK if "backward" in source else 0
 
 
 def norm_macros(
@@ -162,7 +160,7 @@ def _tile_kernel(
     total: bool,
 ) -> nvrtc.Kernel:
     macros = tile_macros(source, rows, columns, power_of_two, keep, stash, total)
-    return _kernel(device, _TILES, macros, tile_shared(source, stash))
+    return _kernel(device, _TILES, macros, tile_shared(source))
 
 
 @functools.cache

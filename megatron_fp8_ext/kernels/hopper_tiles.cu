@@ -174,13 +174,6 @@ __device__ __forceinline__ uint4 eight(const u16 *matrix, const Place &at, int i
 }
 
 __device__ __forceinline__ float product(float gate, float up) { return gate * sigmoid_of(gate) * up; }
-__device__ __forceinline__ float gate_gradient(float dy, float gate, float up) {
-  float sigmoid = sigmoid_of(gate);
-  return dy * up * sigmoid * (1.0f + gate * (1.0f - sigmoid));
-}
-__device__ __forceinline__ float up_gradient(float dy, float gate) {
-  return dy * gate * sigmoid_of(gate);
-}
 
 #if STASH
 __device__ __forceinline__ size_t stash_block(const Place &at, int i, int half, const Arguments &a) {
@@ -271,43 +264,37 @@ __device__ __forceinline__ void activation(Tile &tile, const Place &at, const Ar
   }
 }
 #elif SOURCE == SWIGLU_BACKWARD || SOURCE == SWIGLU_BACKWARD_Y
-// A thread's rows of what the backward reads, once, in shared memory that no other thread touches: registers for
-// one result at a time are what lets two programs on a multiprocessor hide each other's waiting.
-#if STASH
-typedef uint2 Packed;
-#else
-typedef uint4 Packed;
-#endif
-extern __shared__ uint4 staged[];  // dy, gate, up: [8][256] each
+// A thread's rows of what the backward reads, once, in shared memory that no other thread touches, and in their place
+// its results: registers for one tile at a time are what lets two programs on a multiprocessor hide each other's
+// waiting, and each sigmoid is computed once.
+extern __shared__ uint4 staged[];  // [3][8][256]: dy, gate and up, or dy and the codes of both; then y, dgate, dup
+
+__device__ __forceinline__ void copy_16(uint4 *to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_8(uint2 *to, const void *from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 struct Inputs {
 #if STASH
   u32 scales[8];  // of gate, low, and of up
 #endif
-  __device__ __forceinline__ uint4 *dy(int i) const { return staged + i * 256 + threadIdx.x; }
-  __device__ __forceinline__ Packed *half(int i, int which) const {
-    return (Packed *)(staged + 2048) + (which * 8 + i) * 256 + threadIdx.x;
-  }
+  __device__ __forceinline__ uint4 *slot(int which, int i) const { return staged + (which * 8 + i) * 256 + threadIdx.x; }
 
   __device__ __forceinline__ Inputs(const Place &at, const Arguments &a) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const size_t row = (size_t)at.tile_m * 128 + at.first_row + i;
       const size_t column = at.tile_k * 128 + at.first_column;
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(dy(i))),
-                   "l"(a.dy + row * a.columns + column)
-                   : "memory");
+      copy_16(slot(0, i), a.dy + row * a.columns + column);
 #pragma unroll
       for (int which = 0; which < 2; which++) {
-        const u32 to = __cvta_generic_to_shared(half(i, which));
 #if STASH
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to),
-                     "l"(a.stash_codes + stash_eight(at, i, which, a))
-                     : "memory");
+        copy_8((uint2 *)slot(1, i) + which, a.stash_codes + stash_eight(at, i, which, a));
 #else
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to),
-                     "l"(a.x + row * 2 * a.columns + which * a.columns + column)
-                     : "memory");
+        copy_16(slot(1 + which, i), a.x + row * 2 * a.columns + which * a.columns + column);
 #endif
       }
 #if STASH
@@ -315,34 +302,57 @@ struct Inputs {
                   ((u32)__ldg(a.stash_scales + stash_block(at, i, 1, a)) << 16);
 #endif
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    wait_for_copies();
+  }
+
+  // The inputs become y (slot 0), the gradient of the gate (1) and of up (2).
+  __device__ __forceinline__ void compute() const {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float gate[8], up[8], dy[8];
+      unpack(dy, *slot(0, i));
+      const uint4 first = *slot(1, i);
+#if STASH
+      out_of_8_bits(gate, make_uint2(first.x, first.y), low(scales[i]));
+      out_of_8_bits(up, make_uint2(first.z, first.w), high(scales[i]));
+#else
+      unpack(gate, first);
+      unpack(up, *slot(2, i));
+#endif
+      u32 y[4], dgate[4], dup[4];
+#pragma unroll
+      for (int p = 0; p < 4; p++) {
+        float of_y[2], of_gate[2], of_up[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int j = 2 * p + h;
+          const float sigmoid = sigmoid_of(gate[j]);
+          of_y[h] = gate[j] * sigmoid * up[j];
+          of_gate[h] = dy[j] * up[j] * sigmoid * (1.0f + gate[j] * (1.0f - sigmoid));
+          of_up[h] = dy[j] * gate[j] * sigmoid;
+        }
+        y[p] = round_pair(of_y[0], of_y[1]);
+        dgate[p] = round_pair(of_gate[0], of_gate[1]);
+        dup[p] = round_pair(of_up[0], of_up[1]);
+      }
+#if SOURCE == SWIGLU_BACKWARD_Y
+      *slot(0, i) = make_uint4(y[0], y[1], y[2], y[3]);
+#endif
+      *slot(1, i) = make_uint4(dgate[0], dgate[1], dgate[2], dgate[3]);
+      *slot(2, i) = make_uint4(dup[0], dup[1], dup[2], dup[3]);
+    }
+  }
+
+  __device__ __forceinline__ void result(Tile &tile, int which) const {
+    asm volatile("" ::: "memory");  // or the compiler keeps all three tiles in registers, and spills them
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const uint4 packed = *slot(which, i);
+#pragma unroll
+      for (int p = 0; p < 4; p++) tile.pair[i][p] = OF(packed, p);
+    }
   }
 };
-
-// SwiGLU's result (2), the gradient of its gate (0) or of its up (1).
-template <int RESULT>
-__device__ __forceinline__ void activation(Tile &tile, const Inputs &in) {
-  asm volatile("" ::: "memory");  // or the compiler keeps 64 exponentials for the next result, and spills them
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    float gate[8], up[8], dy[8], out[8];
-#if STASH
-    out_of_8_bits(gate, *in.half(i, 0), low(in.scales[i]));
-    if (RESULT != 1) out_of_8_bits(up, *in.half(i, 1), high(in.scales[i]));
-#else
-    unpack(gate, *in.half(i, 0));
-    if (RESULT != 1) unpack(up, *in.half(i, 1));
-#endif
-    if (RESULT != 2) unpack(dy, *in.dy(i));
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-      out[j] = RESULT == 2   ? product(gate[j], up[j])
-               : RESULT == 0 ? gate_gradient(dy[j], gate[j], up[j])
-                             : up_gradient(dy[j], gate[j]);
-#pragma unroll
-    for (int p = 0; p < 4; p++) tile.pair[i][p] = round_pair(out[2 * p], out[2 * p + 1]);
-  }
-}
 #endif
 
 __device__ __forceinline__ void store(const Tile &tile, const Place &at, const Arguments &a, int columns) {
@@ -388,14 +398,15 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) cast_tiles(const Argum
 #else
   const Place at(blockIdx.y, blockIdx.x);
   const Inputs in(at, a);
+  in.compute();
 #if SOURCE == SWIGLU_BACKWARD_Y
-  activation<2>(tile, in);
+  in.result(tile, 0);
   store_columns(tile, at, a.y_codes, a.y_scales, a.rows, a.y_stride);
 #endif
   Place to = at;
-  activation<0>(tile, in);
+  in.result(tile, 1);
   store(tile, to, a, 2 * a.columns);
-  activation<1>(tile, in);
+  in.result(tile, 2);
   to.tile_k += a.columns / 128;
   store(tile, to, a, 2 * a.columns);
 #endif
