@@ -26,9 +26,10 @@ PTX = {
     "cvt.rn.satfinite.e4m3x2.f32": "{0} = e4m3x2({1}, {2});",
     "rcp.approx.ftz.f32": "{0} = rcp_ftz({1});",
     "ex2.approx.ftz.f32": "{0} = exp2_ftz({1});",
-    "cp.async.cg.shared.global": "memcpy(to, from, 16);",
-    "cp.async.ca.shared.global": "memcpy(to, from, 8);",
-    "cp.async.wait_all": "",
+    "cp.async.cg.shared.global": "memcpy(to, from, {bytes});",
+    "cp.async.ca.shared.global": "memcpy(to, from, {bytes});",
+    "cp.async.commit_group": "",
+    "cp.async.wait_group": "",
     "": "",
 }
 LAUNCH = """
@@ -67,7 +68,7 @@ def _meaning(match: re.Match[str]) -> str:
     operands = [
         text.strip() for text in re.findall(r'"=?[rhfl]"\(((?:[^()]|\([^()]*\))*)\)', match[2])
     ]
-    return PTX[instruction].format(*operands)
+    return PTX[instruction].format(*operands, bytes=match[1].rstrip(";").split(" ")[-1])
 
 
 def translated(file: str, macros: tuple[tuple[str, int], ...], entry: str) -> str:
@@ -82,7 +83,7 @@ def translated(file: str, macros: tuple[tuple[str, int], ...], entry: str) -> st
         r'asm(?: volatile)?\("([^"]*)"((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\);', _meaning, text
     )
     assert "asm" not in text.replace("volatile", ""), "an asm statement was not understood"
-    text = text.replace("extern __shared__ uint4 staged[];", "static uint4 staged[3 * 8 * 256];")
+    text = text.replace("extern __shared__ uint4 staged[];", "static uint4 staged[1 << 14];")
     text = text.replace("__shared__", "static")
     defined = "".join(f"#define {name} {value}\n" for name, value in macros)
     shim = (HERE / "cuda_on_cpu.hpp").read_text("utf-8")

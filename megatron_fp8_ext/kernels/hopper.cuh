@@ -56,3 +56,21 @@ __device__ __forceinline__ void scale_of(u32 amax, float &scale, float &inverse)
 #endif
   if (amax == 0 || amax >= 0x7F800000u) scale = inverse = 1.0f;
 }
+
+// Copies from memory to shared memory that a thread does not wait for until it says so.
+__device__ __forceinline__ void copy_16(uint4 *to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_8(uint2 *to, const void *from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_4(float *to, const void *from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `LATER` of the groups committed last are on their way.
+template <int LATER>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}

@@ -28,6 +28,8 @@ THREADS = 256
 # Programs on a multiprocessor that the compiler must leave registers for (80 of them at 3); SwiGLU's backward
 # has room for two, with the three tiles that it reads in shared memory.
 PROGRAMS, BACKWARD_PROGRAMS = 3, 2
+# Rows of RMSNorm's backward on their way to a program: at most 208 KiB for rows of MAX_HIDDEN.
+STAGES = 4
 SOURCES = ("plain", "swiglu", "swiglu backward", "swiglu backward with y", "rmsnorm")
 # A row of RMSNorm is in the registers of one warp (forward), or eight columns in a thread's (backward).
 MAX_HIDDEN = 8192
@@ -69,20 +71,37 @@ def takes(x: Tensor, *multiples: int) -> bool:
     )
 
 
-@functools.cache
+# Devices whose kernels are under their first check: those calls must come here.
+_checking: set[int] = set()
+_verdicts: dict[int, str | None] = {}
+
+
 def reason(device: int) -> str | None:
-    """Say why the CUDA kernels cannot run on a GPU, in a clause; None if they can."""
+    """Say why the CUDA kernels are not for this GPU, in a clause; None if they run and are right."""
+    if device in _checking:
+        return None
+    if device not in _verdicts:
+        _verdicts[device] = _reason(device)
+    return _verdicts[device]
+
+
+def _reason(device: int) -> str | None:
     if os.environ.get(VARIABLE) == "triton":
         return f"{VARIABLE}=triton"
     if support.interpreted():
         return "Triton interprets its kernels"
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
         return "not a Hopper GPU"
+    from megatron_fp8_ext.kernels import self_check
+
+    _checking.add(device)
     try:
-        _kernel(device, _TILES, tile_macros("plain", True, False, True, False, False))
+        with torch.cuda.device(device):
+            return self_check.failure(torch.device("cuda", device))
     except (nvrtc.CudaError, OSError, AttributeError) as error:
         return str(error)
-    return None
+    finally:
+        _checking.discard(device)
 
 
 def tile_macros(
@@ -123,7 +142,13 @@ def norm_macros(
         ("POWER_OF_TWO", int(power_of_two)),
         ("KEEP", int(keep)),
         ("RESIDUAL", int(residual)),
+        ("STAGES", STAGES),
     )
+
+
+def norm_shared(hidden: int, residual: bool) -> int:
+    """Bytes of dynamic shared memory: STAGES rows of what RMSNorm's backward reads."""
+    return STAGES * norm_threads(hidden) * (16 * (3 if residual else 2) + 4)
 
 
 def rope_macros(head: int, backward: bool) -> Macros:
@@ -167,7 +192,8 @@ def _tile_kernel(
 def _norm_kernel(
     device: int, hidden: int, backward: bool, power_of_two: bool, keep: bool, residual: bool
 ) -> nvrtc.Kernel:
-    return _kernel(device, _NORM, norm_macros(hidden, backward, power_of_two, keep, residual))
+    macros = norm_macros(hidden, backward, power_of_two, keep, residual)
+    return _kernel(device, _NORM, macros, norm_shared(hidden, residual) if backward else 0)
 
 
 def _launch(

@@ -1,6 +1,7 @@
 // RMSNorm of BF16 rows: forward with the row-wise E4M3 cast of its result, and backward. Forms of the Triton kernels
 // in rmsnorm.py for rows of whole 128-column blocks. After hopper.cuh. Macros from hopper.py: COLUMNS (of a row),
-// POWER_OF_TWO, KEEP (store the BF16 result too), BACKWARD, RESIDUAL (add `past` to the backward's result).
+// POWER_OF_TWO, KEEP (store the BF16 result too), BACKWARD, RESIDUAL (add `past` to the backward's result), STAGES
+// (rows of the backward in shared memory).
 
 struct Arguments {
   const u16 *x, *dy, *gain;
@@ -77,10 +78,34 @@ extern "C" __global__ void __launch_bounds__(256) rmsnorm_rows(const Arguments a
 
 #else
 // A program for rows program, program + programs, ...; a thread for eight columns, whose part of the weight's gradient
-// it sums. The next row is on its way while this one is summed.
+// it sums. The next STAGES - 1 rows are on their way to shared memory, of which no thread touches another's.
 #define WARPS ((COLUMNS / 8 + 31) / 32)
+#define THREADS (WARPS * 32)
+#define PARTS (2 + RESIDUAL)
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) rmsnorm_rows(const Arguments a) {
+extern __shared__ uint4 staged[];  // [STAGES][dy, x, past][THREADS], then rstd [STAGES][THREADS]
+
+__device__ __forceinline__ uint4 *slot(int stage, int part) {
+  return staged + (stage * PARTS + part) * THREADS + threadIdx.x;
+}
+__device__ __forceinline__ float *slot_of_rstd(int stage) {
+  return (float *)(staged + STAGES * PARTS * THREADS) + stage * THREADS + threadIdx.x;
+}
+
+__device__ __forceinline__ void fetch(const Arguments &a, int stage, int row, int column) {
+  if (row < a.rows && column < COLUMNS) {
+    const size_t at = (size_t)row * COLUMNS + column;
+    copy_16(slot(stage, 0), a.dy + at);
+    copy_16(slot(stage, 1), a.x + at);
+#if RESIDUAL
+    copy_16(slot(stage, 2), a.past + at);
+#endif
+    copy_4(slot_of_rstd(stage), a.rstd + row);
+  }
+  commit_copies();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) rmsnorm_rows(const Arguments a) {
   __shared__ float partial[2][32];
   const int column = threadIdx.x * 8, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const bool inside = column < COLUMNS;
@@ -93,31 +118,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) rmsnorm_rows(const Argu
   }
 #pragma unroll
   for (int j = 0; j < 8; j++) total[j] = 0.0f;
-  int row = blockIdx.x;
-  size_t at = (size_t)row * COLUMNS + column;
-  uint4 next_dy = inside ? __ldg((const uint4 *)(a.dy + at)) : none;
-  uint4 next_x = inside ? __ldg((const uint4 *)(a.x + at)) : none;
+#pragma unroll
+  for (int stage = 0; stage < STAGES - 1; stage++) fetch(a, stage, blockIdx.x + stage * gridDim.x, column);
+  int stage = 0, turn = 0;
+  for (int row = blockIdx.x; row < a.rows; row += gridDim.x, turn ^= 1) {
+    fetch(a, (stage + STAGES - 1) % STAGES, row + (STAGES - 1) * gridDim.x, column);
+    wait_for_copies<STAGES - 1>();
+    const uint4 dy = inside ? *slot(stage, 0) : none, x = inside ? *slot(stage, 1) : none;
 #if RESIDUAL
-  uint4 next_past = inside ? __ldg((const uint4 *)(a.past + at)) : none;
+    const uint4 past = inside ? *slot(stage, 2) : none;
 #endif
-  float next_inverse = __ldg(a.rstd + row);
-  for (int turn = 0; row < a.rows; turn ^= 1) {
-    const uint4 dy = next_dy, x = next_x;
-#if RESIDUAL
-    const uint4 past = next_past;
-#endif
-    const float inverse = next_inverse;
-    const size_t here = at;
-    row += gridDim.x;
-    at += (size_t)gridDim.x * COLUMNS;
-    if (row < a.rows) {
-      next_dy = inside ? __ldg((const uint4 *)(a.dy + at)) : none;
-      next_x = inside ? __ldg((const uint4 *)(a.x + at)) : none;
-#if RESIDUAL
-      next_past = inside ? __ldg((const uint4 *)(a.past + at)) : none;
-#endif
-      next_inverse = __ldg(a.rstd + row);
-    }
+    const float inverse = inside ? *slot_of_rstd(stage) : 0.0f;
+    stage = (stage + 1) % STAGES;
     float normal[8], scaled[8], sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -147,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) rmsnorm_rows(const Argu
     out.y = round_pair(result[2], result[3]);
     out.z = round_pair(result[4], result[5]);
     out.w = round_pair(result[6], result[7]);
-    if (inside) *(uint4 *)(a.dx + here) = out;
+    if (inside) *(uint4 *)(a.dx + (size_t)row * COLUMNS + column) = out;
   }
   if (inside) {
     float4 *to = (float4 *)(a.dweight + (size_t)blockIdx.x * COLUMNS + column);

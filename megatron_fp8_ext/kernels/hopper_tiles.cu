@@ -269,14 +269,6 @@ __device__ __forceinline__ void activation(Tile &tile, const Place &at, const Ar
 // waiting, and each sigmoid is computed once.
 extern __shared__ uint4 staged[];  // [3][8][256]: dy, gate and up, or dy and the codes of both; then y, dgate, dup
 
-__device__ __forceinline__ void copy_16(uint4 *to, const void *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copy_8(uint2 *to, const void *from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 struct Inputs {
 #if STASH
   u32 scales[8];  // of gate, low, and of up
@@ -302,7 +294,8 @@ struct Inputs {
                   ((u32)__ldg(a.stash_scales + stash_block(at, i, 1, a)) << 16);
 #endif
     }
-    wait_for_copies();
+    commit_copies();
+    wait_for_copies<0>();
   }
 
   // The inputs become y (slot 0), the gradient of the gate (1) and of up (2).

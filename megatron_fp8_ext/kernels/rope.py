@@ -53,8 +53,8 @@ def takes(qkv: Tensor, angles: Tensor, split: Sequence[int]) -> bool:
         and split[0] % head == 0
         and split[1] == split[2] == head
         and angles.shape[0] >= qkv.shape[0]
-        and hopper.reason(qkv.device.index) is None
         and not torch.cuda.is_current_stream_capturing()
+        and hopper.reason(qkv.device.index) is None
         and tables(angles)[0] is not None
     )
 

@@ -298,7 +298,20 @@ def summary() -> str | None:
             part += f" ({'; '.join(f'{count}: {why}' for why, count in sorted(found.items()))})"
         parts.append(part)
     stash = ", fc1's output kept in 8 bits" if run.current.stash else ""
-    return f"fused layers: {', '.join(parts)}{stash}"
+    gap = _cuda_gap()
+    triton = "" if gap is None else f"; Triton's kernels instead of CUDA's: {gap}"
+    return f"fused layers: {', '.join(parts)}{stash}{triton}"
+
+
+def _cuda_gap() -> str | None:
+    """Why the CUDA kernels are not used on this GPU, in a clause."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    from megatron_fp8_ext.kernels import hopper
+
+    return hopper.reason(torch.cuda.current_device())
 
 
 def say_after_first_step(module: ModuleType) -> None:

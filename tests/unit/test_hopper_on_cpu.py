@@ -7,7 +7,7 @@ import pytest
 from kernel_cases import DEVICE, assert_same_cast, torch, ulps_apart
 
 from megatron_fp8_ext.fp8 import reference
-from megatron_fp8_ext.kernels import cast, hopper, rmsnorm, rope, stash, swiglu
+from megatron_fp8_ext.kernels import cast, hopper, rmsnorm, rope, self_check, stash, swiglu
 
 pytestmark = [
     pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="needs g++"),
@@ -135,19 +135,28 @@ def test_stash(y_columns):
         assert apart.float().mean() < 1e-3  # one BF16 step, where the exponential differs
 
 
-def test_rmsnorm():
-    x, gain = random(256, 384, seed=1), random(384, seed=2)
+@pytest.mark.parametrize(("m", "h", "programs"), [(256, 384, 7), (128, 1536, 40), (128, 128, 300)])
+def test_rmsnorm(m, h, programs, monkeypatch):
+    """Programs that have more rows than stages, fewer, and one; threads beyond the row."""
+    monkeypatch.setattr(rmsnorm, "_processors", lambda device: 1)
+    native = hopper.norm_backward
+    monkeypatch.setattr(
+        hopper,
+        "norm_backward",
+        lambda *args: native(*args[:5], min(m, programs), args[6]),
+    )
+    x, gain = random(m, h, seed=1), random(h, seed=2)
     normed = rmsnorm.rmsnorm_cast(x, gain, 1e-6, POW2, keep=True)
-    exact = torch.nn.functional.rms_norm(x.float(), (384,), gain.float(), 1e-6)
+    exact = torch.nn.functional.rms_norm(x.float(), (h,), gain.float(), 1e-6)
     assert ulps_apart(normed.kept, exact) <= 1
     is_cast_of(normed.cast, normed.kept, POW2)
-    dy, past = random(256, 384, scale=1e-3, seed=3), random(256, 384, scale=1e-3, seed=4)
+    dy, past = random(m, h, scale=1e-3, seed=3), random(m, h, scale=1e-3, seed=4)
     for residual in (None, past):
         got = rmsnorm.rmsnorm_backward_cast(
             dy, x, gain, normed.rstd, POW2, residual=residual, rows=False, columns=False
         )
         xd, gd = x.double().requires_grad_(), gain.double().requires_grad_()
-        y = torch.nn.functional.rms_norm(xd, (384,), gd, 1e-6)
+        y = torch.nn.functional.rms_norm(xd, (h,), gd, 1e-6)
         dx, dgain = torch.autograd.grad(y, (xd, gd), dy.double())
         want = dx if residual is None else dx + residual.double()
         apart = (got.dx.double() - want).abs()
@@ -176,6 +185,22 @@ def test_qkv_split_and_rotated():
     grad = torch.autograd.grad(mine, qkv, dy)[0].float()
     exact = torch.autograd.grad(want, qkv, [t.float() for t in dy])[0].float()
     assert torch.allclose(grad, exact, rtol=2**-6, atol=2e-3)
+
+
+def test_the_self_check(monkeypatch):
+    """Nothing to say of right kernels; a wrong one is named."""
+    assert self_check.failure(torch.device("cpu")) is None
+    native = cuda_on_cpu.translated
+
+    def broken(file, macros, entry):
+        source = native(file, macros, entry)
+        return source.replace(
+            "result[j] = inverse * (scaled[j] -", "result[j] = inverse * (scaled[j] +"
+        )
+
+    monkeypatch.setattr(cuda_on_cpu, "translated", broken)
+    hopper._norm_kernel.cache_clear()
+    assert self_check.failure(torch.device("cpu")).startswith("RMSNorm's backward is wrong")
 
 
 def test_an_unknown_instruction_is_said(monkeypatch):
