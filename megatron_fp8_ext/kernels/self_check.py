@@ -1,8 +1,8 @@
 """What the CUDA kernels compute, against torch, before they are trusted on a machine (`hopper.reason`).
 
-They are compiled by whatever NVRTC and driver a machine has. Once a process, a few small matrices tell a kernel
-that does not compute what it should from one that does; where one does not, Triton's serve. Bit for bit they are
-held to the specification by the tests.
+They are compiled by whatever NVRTC and driver a machine has. Once a process, a few small matrices tell a
+kernel that does not compute what it should from one that does; where one does not, Triton's serve. The tests
+hold them to the specification bit for bit.
 """
 
 from __future__ import annotations
