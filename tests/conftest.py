@@ -79,7 +79,7 @@ class Outcome:
 
 
 def free_port() -> int:
-    """Return a free port below those that the system gives to clients, of which one may be taken at any time."""
+    """Return a free port below those that the system gives to clients, who may take one at any time."""
     while True:
         port = random.SystemRandom().randrange(15000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):
