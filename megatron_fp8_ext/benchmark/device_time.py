@@ -26,6 +26,7 @@ GROUPS = (
     ("sums, copies, fills", r"at::native|at_cuda|cub|Memset|Memcpy|triton_"),
 )
 OTHER = "other"
+LABELS = (*(label for label, _ in GROUPS), OTHER)
 Kernel = tuple[str, float, int]  # name, milliseconds, calls
 
 
@@ -35,21 +36,19 @@ def group(name: str) -> str:
 
 
 def by_group(kernels: list[Kernel]) -> dict[str, tuple[float, int]]:
-    """Return milliseconds and calls of each group that occurs, in the order of GROUPS."""
+    """Return milliseconds and calls of each group that occurs, in the order of LABELS."""
     sums: dict[str, tuple[float, int]] = {}
     for name, ms, calls in kernels:
-        before = sums.get(group(name), (0.0, 0))
-        sums[group(name)] = (before[0] + ms, before[1] + calls)
-    order = [label for label, _ in GROUPS] + [OTHER]
-    return {label: sums[label] for label in order if label in sums}
+        label = group(name)
+        before = sums.get(label, (0.0, 0))
+        sums[label] = (before[0] + ms, before[1] + calls)
+    return {label: sums[label] for label in LABELS if label in sums}
 
 
 def markdown(sides: list[tuple[str, list[Kernel]]]) -> str:
     """Return the groups of each side as a table, and below it the kernels that take 1 ms or more."""
     grouped = [by_group(kernels) for _, kernels in sides]
-    labels = [
-        label for label in [g for g, _ in GROUPS] + [OTHER] if any(label in g for g in grouped)
-    ]
+    labels = [label for label in LABELS if any(label in g for g in grouped)]
     lines = [
         "Device time of one step after those that were timed, optimizer inside, ms (kernels)",
         "",

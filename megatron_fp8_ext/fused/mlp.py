@@ -97,11 +97,12 @@ class _MLP(torch.autograd.Function):
         setup = block.setup
         want1, want2 = ctx.needs_input_grad[2:4]
         a = Stash(*kept) if block.stash else kept[0]
-        past = flat(grad) if ctx.add else None
+        matrix = flat(grad)
+        past = matrix if ctx.add else None
         if ctx.branch is not None:
             past = ctx.branch.take()
-        dy = setup.gather(cast_1x128(flat(grad), setup.scale_format))
-        del grad
+        dy = setup.gather(cast_1x128(matrix, setup.scale_format))
+        del grad, matrix
         dz = setup.gemm.dgrad(dy, block.fc2.operand)
         inner = swiglu_backward_cast(dz, a, setup.scale_format, y_columns=want2)
         del dz, a, kept

@@ -1,8 +1,7 @@
 """cuBLASLt's block-scaled FP8 product, called directly.
 
-TransformerEngine makes the same call, but takes what cuBLASLt's heuristic offers first and asks it again for
-every product. Here the algorithm is chosen once for a shape, by a fixed rule (`choose`): the same shape runs
-the same kernel in every process. Needs cuBLAS 12.9 and a Hopper GPU.
+TransformerEngine makes the same call, but asks cuBLASLt's heuristic for an algorithm at every product. Here
+it is asked once for a shape, and its first offer is taken. Needs cuBLAS 12.9 and a Hopper GPU.
 
 Not proven on a GPU yet, so TransformerEngine makes the products unless `MEGATRON_FP8_EXT_GEMM=cublaslt` asks
 for this; `tests/gpu/test_fused_layer.py -k "gemm or cublaslt"` is the proof that is missing.
@@ -14,7 +13,6 @@ import ctypes
 import functools
 import os
 import threading
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +22,6 @@ from megatron_fp8_ext.kernels.cast import Operand
 
 VARIABLE = "MEGATRON_FP8_EXT_GEMM"
 WORKSPACE_BYTES = 32 * 2**20  # what cuBLAS asks for on Hopper, and TransformerEngine gives
-OFFERED = 64
 
 # Numbers of cublasLt.h and library_types.h.
 _COMPUTE_32F, _R_32F, _R_16BF, _R_8F_E4M3 = 68, 0, 14, 28
@@ -33,8 +30,6 @@ _A_SCALE, _B_SCALE, _FAST_ACCUM, _A_SCALE_MODE, _B_SCALE_MODE = 17, 18, 25, 31, 
 _VEC128, _BLK128X128 = 4, 5
 _OP_T, _EPILOGUE_BIAS = 1, 4
 _PREFER_WORKSPACE, _PREFER_ALIGNMENT_A = 1, 5
-_CONFIG = {"algorithm": 0, "tile": 1, "split_k": 2, "swizzle": 4, "stages": 6, "inner": 7}
-_CLUSTER = 8
 _TYPES = {torch.bfloat16: _R_16BF, torch.float32: _R_32F}
 
 
@@ -90,9 +85,6 @@ def _library() -> Any:
     library.cublasLtMatrixLayoutCreate.argtypes = [
         pointer, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64,
     ]  # fmt: skip
-    library.cublasLtMatmulAlgoConfigGetAttribute.argtypes = [
-        pointer, ctypes.c_int, pointer, size, pointer,
-    ]  # fmt: skip
     library.cublasLtMatmulAlgoGetHeuristic.argtypes = [
         *[pointer] * 7, ctypes.c_int, pointer, pointer,
     ]  # fmt: skip
@@ -121,21 +113,6 @@ def _handle(device: int) -> ctypes.c_void_p:
 def _workspace(device: int, stream: int) -> Tensor:
     """A product's scratch space: one for a stream, whose products follow each other."""
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=f"cuda:{device}")
-
-
-@dataclass(frozen=True)
-class Offer:
-    """An algorithm that cuBLASLt offers for a problem.
-
-    Attributes:
-        place: in its order, best first.
-        config: its numbers of the algorithm, tile, split of k, swizzle, stages, inner shape and cluster.
-        waves: how often the GPU is filled.
-    """
-
-    place: int
-    config: dict[str, int]
-    waves: float
 
 
 class _Plan:
@@ -168,8 +145,7 @@ class _Plan:
         somewhere = _workspace(device, torch._C._cuda_getCurrentRawStream(device)).data_ptr()
         for attribute in (_A_SCALE, _B_SCALE, *([_BIAS_POINTER] if problem.bias else [])):
             self.point(attribute, somewhere)
-        self.found = self._offered()
-        self.algorithm = self.found[choose(problem, self.offers())].algorithm
+        self.algorithm = self.offers(1)[0]
 
     def _set(self, attribute: int, value: Any) -> None:
         _check(
@@ -195,7 +171,12 @@ class _Plan:
         )
         return layout
 
-    def _offered(self) -> list[_Result]:
+    def offers(self, most: int) -> list[_Algorithm]:
+        """Return what the heuristic offers, best first; at least one.
+
+        Raises:
+            CublasError: it offers nothing.
+        """
         library = _library()
         preference = ctypes.c_void_p()
         _check(
@@ -214,41 +195,18 @@ class _Plan:
                         preference, attribute, ctypes.byref(value), ctypes.sizeof(value)
                     ),
                 )
-            results, count = (_Result * OFFERED)(), ctypes.c_int()
+            results, count = (_Result * most)(), ctypes.c_int()
             code = library.cublasLtMatmulAlgoGetHeuristic(
                 self.handle, self.description, self.a, self.b, self.d, self.d, preference,
-                OFFERED, results, ctypes.byref(count),
+                most, results, ctypes.byref(count),
             )  # fmt: skip
             _check("cublasLtMatmulAlgoGetHeuristic", code)
         finally:
             library.cublasLtMatmulPreferenceDestroy(preference)
-        found = [result for result in results[: count.value] if result.state == 0]
+        found = [result.algorithm for result in results[: count.value] if result.state == 0]
         if not found:
             raise CublasError(f"cublasLt has no algorithm for {self.problem}")
         return found
-
-    def offers(self) -> list[Offer]:
-        """What cuBLASLt offers, in its order."""
-        offers = []
-        for place, result in enumerate(self.found):
-            config = {}
-            for name, attribute in (*_CONFIG.items(), ("cluster", _CLUSTER)):
-                wide = attribute < 6 or attribute == 6
-                value: Any = ctypes.c_uint32() if wide else ctypes.c_uint16()
-                code = _library().cublasLtMatmulAlgoConfigGetAttribute(
-                    ctypes.byref(result.algorithm), attribute, ctypes.byref(value),
-                    ctypes.sizeof(value), None,
-                )  # fmt: skip
-                if code == 0:
-                    config[name] = int(value.value)
-            offers.append(Offer(place, config, result.waves))
-        return offers
-
-
-def choose(problem: Problem, offers: list[Offer]) -> int:
-    """Place of the algorithm to take; the first is what cuBLASLt itself would."""
-    del problem, offers
-    return 0
 
 
 _local = threading.local()

@@ -174,26 +174,16 @@ def _kernel(device: int, file: str, macros: Macros, shared: int = 0) -> nvrtc.Ke
 
 
 @functools.cache
-def _tile_kernel(
-    device: int,
-    source: str,
-    rows: bool,
-    columns: bool,
-    power_of_two: bool,
-    keep: bool,
-    stash: bool,
-    total: bool,
-) -> nvrtc.Kernel:
-    macros = tile_macros(source, rows, columns, power_of_two, keep, stash, total)
-    return _kernel(device, _TILES, macros, tile_shared(source))
+def _tile_kernel(device: int, source: str, *switches: bool) -> nvrtc.Kernel:
+    """`switches` are those of `tile_macros`, in its order."""
+    return _kernel(device, _TILES, tile_macros(source, *switches), tile_shared(source))
 
 
 @functools.cache
-def _norm_kernel(
-    device: int, hidden: int, backward: bool, power_of_two: bool, keep: bool, residual: bool
-) -> nvrtc.Kernel:
-    macros = norm_macros(hidden, backward, power_of_two, keep, residual)
-    return _kernel(device, _NORM, macros, norm_shared(hidden, residual) if backward else 0)
+def _norm_kernel(device: int, hidden: int, backward: bool, *switches: bool) -> nvrtc.Kernel:
+    """`switches` are the others of `norm_macros`, the residual last."""
+    shared = norm_shared(hidden, switches[-1]) if backward else 0
+    return _kernel(device, _NORM, norm_macros(hidden, backward, *switches), shared)
 
 
 def _launch(

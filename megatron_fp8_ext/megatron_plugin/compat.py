@@ -83,15 +83,23 @@ def versions() -> dict[str, str]:
 
     import megatron_fp8_ext
 
-    on_gpu = torch.cuda.is_available()
     return {
         "megatron_fp8_ext": f"{megatron_fp8_ext.__version__} (source {source_digest()})",
         "megatron": megatron_version(),
         "torch": str(torch.__version__),
-        "transformer_engine": (distribution_version("transformer-engine") if on_gpu else None)
+        "transformer_engine": (
+            distribution_version("transformer-engine") if torch.cuda.is_available() else None
+        )
         or "none",
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "device": device_name(),
     }
+
+
+def device_name() -> str:
+    """Return the name of the GPU, or `CPU`."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def fp8_gap(

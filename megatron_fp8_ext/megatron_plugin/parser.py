@@ -183,7 +183,7 @@ def _adopt(found: Command, expansion: flags.Expansion, parsed: Any) -> None:
         # A plain string: Megatron pickles its arguments into checkpoints.
         parsed.fp8_ext_recipe = expansion.recipe.name
         # Megatron writes its arguments into event files, where `watch` finds the device's peak by it.
-        parsed.fp8_ext_device = compat.versions()["device"]
+        parsed.fp8_ext_device = compat.device_name()
         # Ray actors and spawned workers do not see this command line.
         os.environ[flags.RECIPE_VARIABLE] = expansion.recipe.name
         os.environ[fused_flags.VARIABLE] = expansion.fused.text
