@@ -16,6 +16,8 @@ SIDES: dict[str, tuple[str, ...]] = {
 OPTIONS: dict[str, tuple[str, ...]] = {
     "chunked": ("--linear-cross-entropy", "chunked"),
     "native-ce": ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native"),
+    # Megatron 0.19 refuses this on its command line; `step_timing` sets it after the check.
+    "te-ce": ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "te"),
     "one-pass": ("--linear-cross-entropy", "one-pass"),
     "full-logits": ("--linear-cross-entropy", "off"),
     "bf16-weights": ("--no-fp8-param-gather",),
@@ -26,7 +28,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "recompute": ("--recompute-granularity", "selective", "--recompute-modules", "mlp"),
 }
 _INFIR2_ONLY = ("bf16-weights", "fused", "unfused", "stash")
-_LOSSES = ("chunked", "one-pass", "native-ce", "full-logits")
+_LOSSES = ("chunked", "one-pass", "native-ce", "te-ce", "full-logits")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ def _loss(base: str, options: list[str], flags: list[str]) -> str:
     """Name the cross-entropy that the plugin will take for these flags."""
     if "native-ce" in options:
         return "Megatron's native fusion"
+    if "te-ce" in options:
+        return "TransformerEngine's"
     argv, asked = linear_loss.take(flags)
     fused = base == "infir2" and "unfused" not in options
     chosen = linear_loss.chosen(asked, argv, fused)

@@ -48,6 +48,7 @@ class StepTimer:
 
     def __init__(self, out: Path, warm_up: int, skip_optimizer: bool, profiled: int) -> None:
         self.out, self.warm_up, self.skip_optimizer = out, warm_up, skip_optimizer
+        self.te_cross_entropy = False
         self.profiled, self.kernels = profiled, list[Any]()
         self.intervals: dict[str, list[Interval]] = {}
         self.rows: list[dict[str, Any]] = []
@@ -115,6 +116,8 @@ class StepTimer:
         from megatron.core.utils import get_attr_wrapped_model
 
         decoder = get_attr_wrapped_model(model, "decoder")
+        if self.te_cross_entropy:
+            decoder.config.cross_entropy_fusion_impl = "te"
         model.register_forward_pre_hook(lambda *_: self.begin("forward"))
         model.register_forward_hook(lambda *_: self.end("forward"))
 
@@ -249,6 +252,19 @@ def attention_backend(args: Any) -> str:
     return "unfused"
 
 
+def take_te_cross_entropy(argv: list[str]) -> bool:
+    """Whether `argv` asks for TransformerEngine's cross-entropy; it then names Megatron's own instead.
+
+    Megatron 0.19 refuses it on the command line ("stability"), but has it. Older versions take it, and it
+    was part of the BF16 that others compare with.
+    """
+    flag = "--cross-entropy-fusion-impl"
+    asked = flag in argv and argv[argv.index(flag) + 1] == "te"
+    if asked:
+        argv[argv.index(flag) + 1] = "native"
+    return asked
+
+
 def random_tokens(counts: Any, vp_stage: int | None = None) -> Any:
     """Return (train, None, None): uniformly random tokens, the same for each side of a comparison."""
     import torch
@@ -279,6 +295,7 @@ def main() -> None:
     out, warm_up, optimizer, profiled = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5]
     sys.argv = [sys.argv[0], *sys.argv[5:]]
     timer = StepTimer(out, warm_up, optimizer == "skip", int(profiled))
+    timer.te_cross_entropy = take_te_cross_entropy(sys.argv)
     watch: tuple[tuple[str, Callable[[ModuleType], None]], ...] = (
         ("megatron.training.training", timer.watch_loop),
         ("megatron.core.pipeline_parallel.schedules", timer.watch_backward),

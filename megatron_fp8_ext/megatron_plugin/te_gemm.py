@@ -1,6 +1,6 @@
 """The block-scaled GEMM under the fused functions, and TransformerEngine's FP8 weights as their operands.
 
-TransformerEngine calls cuBLASLt, or this package does where that is asked for (`kernels.cublaslt`).
+This package calls cuBLASLt (`kernels.cublaslt`), or TransformerEngine does where that cannot be.
 
 Written against TransformerEngine 2.20 (`pytorch/module/layernorm_linear.py`, `module/base.py`): the calls and
 their order are those of its own modules.
@@ -9,6 +9,7 @@ their order are those of its own modules.
 from __future__ import annotations
 
 import functools
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import Any
@@ -115,17 +116,26 @@ class TEGemm:
     """The protocol of `fused.gemm`; the weight is TransformerEngine's FP8 tensor."""
 
     def __init__(self, direct: bool | None = None) -> None:
-        """`direct`: call cuBLASLt here, if it can be; None where the environment asks for it.
+        """`direct`: call cuBLASLt here; None where that can be.
 
         Raises:
             CublasError: it is asked for and cannot be.
         """
         te = _te()
         self._gemm = _without_python if te.is_known else te.gemm
-        self._direct = cublaslt.asked() if direct is None else direct
-        gap = cublaslt.reason(torch.cuda.current_device()) if self._direct else None
-        if gap is not None:
-            raise cublaslt.CublasError(f"{cublaslt.VARIABLE}=cublaslt: {gap}")
+        gap = None if direct is False else cublaslt.reason(torch.cuda.current_device())
+        if direct and gap is not None:
+            raise cublaslt.CublasError(f"cuBLASLt cannot be called here: {gap}")
+        self._direct = direct is not False and gap is None
+
+    def _ours(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """`cublaslt.matmul`; None, now and ever after, where cuBLASLt refuses a product."""
+        try:
+            return cublaslt.matmul(*args, **kwargs)
+        except cublaslt.CublasError as error:
+            self._direct = False
+            warnings.warn(f"TransformerEngine makes the FP8 products: {error}", stacklevel=2)
+            return None
 
     def fprop(
         self, x: BlockCast, weight: Any, bias: Tensor | None = None, add: Tensor | None = None
@@ -133,7 +143,9 @@ class TEGemm:
         """x W^T + b (+ `add`), `[M, N]` BF16."""
         if self._direct and x.rows is not None and (bias is None or bias.dtype is torch.bfloat16):
             w = Operand(weight._rowwise_data, weight._rowwise_scale_inv)
-            return cublaslt.matmul(w, x.rows, True, _empty(x.rows, w), bias=bias, add=add)
+            made = self._ours(w, x.rows, True, _empty(x.rows, w), bias=bias, add=add)
+            if made is not None:
+                return made
         y: Tensor = self._gemm(
             weight, _wrap(x), out_dtype=torch.bfloat16, bias=bias, use_split_accumulator=True
         )[0]
@@ -144,7 +156,9 @@ class TEGemm:
         weight.update_usage(columnwise_usage=True)
         if self._direct and dy.rows is not None:
             w = Operand(weight._columnwise_data, weight._columnwise_scale_inv)
-            return cublaslt.matmul(w, dy.rows, True, _empty(dy.rows, w))
+            made = self._ours(w, dy.rows, True, _empty(dy.rows, w))
+            if made is not None:
+                return made
         dx: Tensor = self._gemm(
             weight,
             _wrap(dy),
@@ -159,7 +173,9 @@ class TEGemm:
         """dy^T x, `[N, K]`, into `out` (its dtype; added to it, if `accumulate`) or as new BF16."""
         if self._direct and x.columns is not None and dy.columns is not None:
             into = _empty(dy.columns, x.columns) if out is None else out
-            return cublaslt.matmul(x.columns, dy.columns, False, into, accumulate)
+            made = self._ours(x.columns, dy.columns, False, into, accumulate)
+            if made is not None:
+                return made
         dw: Tensor = self._gemm(
             _wrap(x._replace(rows=None)),
             _wrap(dy),

@@ -34,6 +34,10 @@ def test_sides():
     )
     (native,) = sides.parse("infir2+native-ce")
     assert "--linear-cross-entropy" not in native.flags and "native" in native.loss
+    (te,) = sides.parse("bf16+te-ce")
+    argv = ["step_timing", *te.flags]
+    assert te.loss == "TransformerEngine's" and step_timing.take_te_cross_entropy(argv)
+    assert argv[-1] == "native" and not step_timing.take_te_cross_entropy(argv)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,7 @@ def test_sides():
         ("bf16+stash", "option of infir2 alone"),
         ("bf16,bf16", "names a side twice"),
         ("infir2+chunked+native-ce", "two losses"),
+        ("bf16+te-ce+one-pass", "two losses"),
         (" ,", "names no side"),
     ],
 )

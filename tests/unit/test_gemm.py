@@ -1,0 +1,59 @@
+"""Which algorithm of cuBLASLt's is taken, and what happens where it refuses; its products need a GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from megatron_fp8_ext.kernels import cublaslt  # noqa: E402
+from megatron_fp8_ext.kernels.cast import cast_1x128, cast_128x128  # noqa: E402
+from megatron_fp8_ext.megatron_plugin import te_gemm  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("tiles", "place"),
+    [  # as an H200's cuBLAS offers them for the weight gradients of QKV, the MLP, and alone
+        ([208, 116, 20, 18, 17, 21, 19], 1),
+        ([20, 21, 19, 208, 116, 18, 17], 0),
+        ([208], 0),
+        ([0, 208], 0),
+    ],
+)
+def test_preferred(tiles, place):
+    assert cublaslt.preferred(tiles) == place
+
+
+def test_the_environment_leaves_it_to_te(monkeypatch):
+    monkeypatch.setenv(cublaslt.VARIABLE, "te")
+    cublaslt.reason.cache_clear()
+    assert cublaslt.reason(0) == "MEGATRON_FP8_EXT_GEMM=te"
+    cublaslt.reason.cache_clear()
+
+
+def test_a_refused_product_is_te_s(monkeypatch):
+    """And every later one: cuBLASLt is not asked again."""
+    te_s, asked = torch.ones(128, 256), []
+    te = SimpleNamespace(is_known=False, gemm=lambda *args, **kwargs: (te_s,))
+    monkeypatch.setattr(te_gemm, "_te", lambda: te)
+    monkeypatch.setattr(te_gemm, "_wrap", lambda cast: cast)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cublaslt, "reason", lambda device: None)
+
+    def refuse(*args, **kwargs):
+        asked.append(args)
+        raise cublaslt.CublasError("cublasLtMatmulAlgoGetHeuristic: not supported (15)")
+
+    monkeypatch.setattr(cublaslt, "matmul", refuse)
+    gemm = te_gemm.TEGemm()
+    x = cast_1x128(torch.ones(128, 128, dtype=torch.bfloat16), "power_of_two")
+    w = cast_128x128(torch.ones(256, 128, dtype=torch.bfloat16), "power_of_two")
+    weight = SimpleNamespace(
+        _rowwise_data=w.rows.codes,
+        _rowwise_scale_inv=w.rows.scale_inv,
+    )
+    with pytest.warns(UserWarning, match="TransformerEngine makes the FP8 products: .*supported"):
+        assert gemm.fprop(x, weight) is te_s
+    assert gemm.wgrad(x, x, None, False) is te_s and len(asked) == 1
