@@ -35,12 +35,15 @@ from megatron_fp8_ext.recipe import Cast, Format
 
 # Rows (tokens; for weights, output features) that are cast: whole blocks, and few enough that a sampled
 # iteration costs little more than another one.
-ROWS = 1024
+ROWS = 512
 # Elements that are cast together: enough to keep a GPU busy, and at most 1 GiB of FP32 copies.
 TOGETHER = 1 << 25
+# Elements that wait for others of their shape: 128 MiB of BF16.
+WAITING = 1 << 26
 
 Operand = Literal["input rows", "input columns", "weight", "grad rows", "grad columns"]
 Key = tuple[int, str, Operand]  # layer, linear, operand
+Group = tuple[Cast, torch.Size, torch.dtype]  # what can be cast together
 _LINEAR = {"Linear", "LayerNormLinear", "ColumnParallelLinear", "RowParallelLinear"}
 _IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 
@@ -53,8 +56,7 @@ class Taps:
         self.gemms: Counter[str] = Counter()
         self.seconds = 0.0
         self._seen: dict[Key, None] = {}
-        self._waiting: dict[tuple[Cast, torch.Size, torch.dtype], list[tuple[Key, Tensor]]] = {}
-        self._elements = 0
+        self._waiting: dict[Group, list[tuple[Key, Tensor]]] = {}
         self._sums: dict[Key, Tensor] = {}
 
     def observe(self, layer: int, linear: str, operand: Operand, values: Tensor) -> None:
@@ -86,24 +88,29 @@ class Taps:
                 x_MK = x_MK.t()
             # A copy: the rest of the tensor is freed when the model is done with it.
             kept = x_MK.clone(memory_format=torch.contiguous_format)
-        self._waiting.setdefault((cast, kept.shape, kept.dtype), []).append((key, kept))
-        self._elements += kept.numel()
-        if self._elements >= TOGETHER:
-            self._cast()
+        group = (cast, kept.shape, kept.dtype)
+        self._waiting.setdefault(group, []).append((key, kept))
+        if self._size(group) >= TOGETHER:
+            self._cast(group)
+        elif sum(map(self._size, self._waiting)) >= WAITING:
+            self._cast(max(self._waiting, key=self._size))
         self.seconds += time.perf_counter() - start
 
-    def _cast(self) -> None:
-        for (cast, _, _), group in self._waiting.items():
-            table = statistics.sums_of_each(
-                torch.stack([x_MK for _, x_MK in group]), cast, self.operands.scale_format
-            )
-            self._sums.update(zip((key for key, _ in group), table, strict=True))
-        self._waiting, self._elements = {}, 0
+    def _size(self, group: Group) -> int:
+        return len(self._waiting[group]) * math.prod(group[1])
+
+    def _cast(self, group: Group) -> None:
+        members = self._waiting.pop(group)
+        table = statistics.sums_of_each(
+            torch.stack([x_MK for _, x_MK in members]), group[0], self.operands.scale_format
+        )
+        self._sums.update(zip((key for key, _ in members), table, strict=True))
 
     def record(self, iteration: int) -> dict[str, Any]:
         """Return the line to write; waits for the device once."""
         start = time.perf_counter()
-        self._cast()
+        for group in list(self._waiting):
+            self._cast(group)
         sums = [self._sums[key] for key in self._seen]  # in the order they were met
         table = torch.stack(sums).cpu() if sums else torch.empty(0, 6)
         layers = []
