@@ -1,4 +1,4 @@
-"""The fused path over two GPUs (NCCL): tensor, sequence, data and pipeline parallel, beside TransformerEngine's.
+"""The fused path on two GPUs (NCCL): tensor, sequence, data, pipeline parallel, beside TransformerEngine's.
 
 pytest tests/gpu/test_two_gpus.py     about 3 minutes
 """
