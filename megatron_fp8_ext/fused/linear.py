@@ -141,8 +141,7 @@ class _NormLinear(torch.autograd.Function):
         past = None if ctx.branch is None else ctx.branch.take()
         dy, db = flat(grad), None
         if ctx.has_bias:
-            dy_cast, total = cast_1x128_and_sum(dy, setup.scale_format)
-            db = total.to(dy.dtype)
+            dy_cast, db = cast_1x128_and_sum(dy, setup.scale_format, dy.dtype)
         else:
             dy_cast = cast_1x128(dy, setup.scale_format)
         del dy, grad
@@ -184,8 +183,9 @@ def norm_column_backward(
         residual=past,
         rows=False,
         columns=False,
+        dtype=gain.dtype,
     )
-    return gradients.dx, gradients.dweight.to(gain.dtype), dw
+    return gradients.dx, gradients.dweight, dw
 
 
 def cast_linear(x: Tensor, linear: Linear, setup: Setup, add: Tensor | None = None) -> Tensor:

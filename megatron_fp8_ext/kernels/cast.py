@@ -288,23 +288,26 @@ def cast_1x128(
     return _cast(x, scale_format, (rows, columns), False, warps)
 
 
-def cast_1x128_and_sum(x: Tensor, scale_format: ScaleFormat) -> tuple[BlockCast, Tensor]:
+def cast_1x128_and_sum(
+    x: Tensor, scale_format: ScaleFormat, dtype: torch.dtype = torch.float32
+) -> tuple[BlockCast, Tensor]:
     """Cast a gradient in both directions, and sum its columns in the same read: a bias's gradient.
 
     Args:
         x: `[M, K]` as for `cast_1x128`.
         scale_format: likewise.
+        dtype: of the sums, BF16 or FP32; they are made in FP32.
 
     Returns:
-        (both operands, `[K]` FP32).
+        (both operands, `[K]`).
     """
     if x.dim() != 2 or not hopper.takes(x, *x.shape):
-        return cast_1x128(x, scale_format), x.sum(dim=0, dtype=torch.float32)
+        return cast_1x128(x, scale_format), x.sum(dim=0, dtype=torch.float32).to(dtype)
     m, k = check_matrix(x, "the tensor to cast")
     out = allocate(m, k, x.device, (True, True))
     totals = torch.empty((m // BLOCK, k), dtype=torch.float32, device=x.device)
     hopper.run("plain", (m, k), out, scale_format == "power_of_two", x, totals=totals)
-    return out, totals.sum(dim=0)
+    return out, hopper.sum_of_parts(totals, dtype)
 
 
 def cast_128x128(

@@ -1,4 +1,4 @@
-"""Casts, SwiGLU, RMSNorm and RoPE in CUDA C++ for Hopper (`hopper_tiles.cu`, `_norm.cu`, `_rope.cu`).
+"""Casts, SwiGLU, RMSNorm and RoPE in CUDA C++ for Hopper (`hopper_tiles.cu`, `_norm`, `_rope`, `_sums`).
 
 `cast`, `swiglu` and `rmsnorm` come here by themselves when `takes` says yes: BF16, no partial block. The rest
 stays with Triton, and all of it with `MEGATRON_FP8_EXT_KERNELS=triton` in the environment. Codes and scales
@@ -34,7 +34,8 @@ SOURCES = ("plain", "swiglu", "swiglu backward", "swiglu backward with y", "rmsn
 # A row of RMSNorm is in the registers of one warp (forward), or eight columns in a thread's (backward).
 MAX_HIDDEN = 8192
 _TILES, _NORM, _ROPE = "hopper_tiles.cu", "hopper_norm.cu", "hopper_rope.cu"
-_ENTRY = {_TILES: "cast_tiles", _NORM: "rmsnorm_rows", _ROPE: "rotate_qkv"}
+_SUMS = "hopper_sums.cu"
+_ENTRY = {_TILES: "cast_tiles", _NORM: "rmsnorm_rows", _ROPE: "rotate_qkv", _SUMS: "sum_rows"}
 Macros = tuple[tuple[str, int], ...]
 
 
@@ -58,6 +59,7 @@ _NormArguments = _struct(
     "rows row_stride",
     "eps",
 )
+_SumArguments = _struct("SumArguments", "parts total", "rows columns")
 _RopeArguments = _struct("RopeArguments", "qkv q k v cosine sine", "groups queries batch")
 
 
@@ -154,6 +156,11 @@ def norm_shared(hidden: int, residual: bool) -> int:
 def rope_macros(head: int, backward: bool) -> Macros:
     """The macros of hopper_rope.cu."""
     return (("HEAD", head), ("BACKWARD", int(backward)), ("POWER_OF_TWO", 1))
+
+
+def sum_macros(half: bool) -> Macros:
+    """The macros of hopper_sums.cu."""
+    return (("HALF", int(half)), ("POWER_OF_TWO", 1))
 
 
 def compile_kernel(file: str, macros: Macros) -> bytes:
@@ -306,8 +313,9 @@ def norm_backward(
     dx: Tensor,
     programs: int,
     residual: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """RMSNorm's backward plus `residual` into `dx`; returns the weight's gradient of each program, FP32."""
+    """RMSNorm's backward plus `residual` into `dx`; returns the weight's gradient in `dtype`."""
     rows, hidden = x.shape
     dweight = torch.empty((programs, hidden), dtype=torch.float32, device=x.device)
     made: Any = _NormArguments(rows=rows, x=x.data_ptr(), dy=dy.data_ptr(), gain=gain.data_ptr())
@@ -317,12 +325,33 @@ def norm_backward(
         made.past = residual.data_ptr()
     found = _norm_kernel(device, hidden, True, True, False, residual is not None)
     _launch(found, device, (programs, 1), norm_threads(hidden), made)
-    return dweight
+    return sum_of_parts(dweight, dtype)
 
 
 def norm_threads(hidden: int) -> int:
     """Threads of a program of RMSNorm's backward: one for eight columns, in whole warps."""
     return -(-hidden // (8 * 32)) * 32
+
+
+@functools.cache
+def _sum_kernel(device: int, half: bool) -> nvrtc.Kernel:
+    return _kernel(device, _SUMS, sum_macros(half))
+
+
+def sum_of_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum partial sums `[parts, columns]` FP32 over their first dimension.
+
+    Args:
+        parts: what programs of these kernels summed, contiguous; columns in whole blocks.
+        dtype: of the result, BF16 or FP32; it is rounded once.
+    """
+    rows, columns = parts.shape
+    total = torch.empty(columns, dtype=dtype, device=parts.device)
+    made: Any = _SumArguments(rows=rows, columns=columns, parts=parts.data_ptr())
+    made.total, device = total.data_ptr(), parts.device.index
+    found = _sum_kernel(device, dtype is torch.bfloat16)
+    _launch(found, device, (columns // 32, 1), 1024, made)
+    return total
 
 
 @functools.cache

@@ -148,7 +148,7 @@ class NormGradients(NamedTuple):
 
     Attributes:
         dx: `[M, H]` BF16, the residual's gradient included where one was given.
-        dweight: `[H]` FP32.
+        dweight: `[H]`.
         cast: `dx` cast once for both of its uses, dgrad and wgrad of the linear layer before.
     """
 
@@ -256,6 +256,7 @@ def rmsnorm_backward_cast(
     residual: Tensor | None = None,
     rows: bool = True,
     columns: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> NormGradients:
     """Gradients of RMSNorm, the sum with the residual stream's gradient, and the cast of it.
 
@@ -268,6 +269,7 @@ def rmsnorm_backward_cast(
         residual: `[M, H]`, gradient that reaches `x` past the norm; added before the rounding.
         rows: whether the operand of dgrad is wanted.
         columns: whether the operand of wgrad is wanted.
+        dtype: of the weight's gradient, BF16 or FP32; it is summed in FP32.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -281,8 +283,8 @@ def rmsnorm_backward_cast(
     if not rows and not columns and hopper.takes_norm(x, weight):
         # As many programs as its registers leave room for on the GPU.
         room = _processors(x.device) * max(1, 1024 // hopper.norm_threads(h))
-        partial = hopper.norm_backward(dy, x, weight, rstd, dx, min(m, room), residual)
-        return NormGradients(dx, partial.sum(dim=0), out)
+        dgain = hopper.norm_backward(dy, x, weight, rstd, dx, min(m, room), residual, dtype)
+        return NormGradients(dx, dgain, out)
     warps = max(1, min(16, width // 256))
     programs = max(1, min(m, _processors(x.device) * (_BACKWARD_WARPS_PER_SM // warps)))
     dweight = torch.empty((programs, h), dtype=torch.float32, device=x.device)
@@ -300,7 +302,7 @@ def rmsnorm_backward_cast(
     if columns:
         late = cast.cast_1x128(dx, scale_format, rows=False)
         out = out._replace(columns=late.columns)
-    return NormGradients(dx, dweight.sum(dim=0), out)
+    return NormGradients(dx, dweight.sum(dim=0).to(dtype), out)
 
 
 @functools.cache

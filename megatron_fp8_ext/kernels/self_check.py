@@ -37,7 +37,7 @@ def results(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor, float]]
         return torch.randn(rows, columns, generator=generator, device=device).bfloat16()
 
     x, dy, past = random(ROWS, COLUMNS), random(ROWS, COLUMNS), random(ROWS, COLUMNS)
-    both, total = cast.cast_1x128_and_sum(x, "power_of_two")
+    both, total = cast.cast_1x128_and_sum(x, "power_of_two", torch.bfloat16)
     for made in (cast.cast_1x128(x, "power_of_two"), both):
         yield "a cast's rows", made.quantized().dequantize(), x, CODES
         yield "a cast's columns", made.quantized(columns=True).dequantize(), x.t(), CODES
@@ -72,8 +72,9 @@ def results(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor, float]]
     columns = late.quantized(columns=True).dequantize()
     yield "RMSNorm's columns", columns, (normal * gain).t(), CODES
     found = rmsnorm.rmsnorm_backward_cast(
-        dy, x, gain, normed.rstd, "power_of_two", residual=past, rows=False, columns=False
-    )
+        dy, x, gain, normed.rstd, "power_of_two",
+        residual=past, rows=False, columns=False, dtype=torch.bfloat16,
+    )  # fmt: skip
     scaled = dy.double() * gain
     dx = rstd * (scaled - normal * (scaled * normal).mean(1, keepdim=True)) + past
     yield "RMSNorm's backward", found.dx, dx, BF16

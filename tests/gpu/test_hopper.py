@@ -80,6 +80,15 @@ def test_cast_and_sum_of_columns(m, k):
     assert torch.equal(total, cast_1x128_and_sum(x, "power_of_two")[1])
 
 
+@pytest.mark.parametrize("parts", [1, 33, 660])
+def test_sums_of_parts(parts):
+    values = torch.randn(parts, 1536, device="cuda")
+    total = hopper.sum_of_parts(values, torch.float32)
+    torch.testing.assert_close(total.double(), values.double().sum(0), rtol=1e-5, atol=1e-4)
+    assert torch.equal(total, hopper.sum_of_parts(values, torch.float32)), "deterministic"
+    assert torch.equal(total.bfloat16(), hopper.sum_of_parts(values, torch.bfloat16))
+
+
 @pytest.mark.parametrize("scale_format", FORMATS)
 def test_every_bit_pattern(scale_format):
     """All BF16 numbers, infinities and NaNs included, beside others of every size."""

@@ -27,7 +27,7 @@ def on_cpu(monkeypatch):
     def takes(x, *sizes):
         return x.dtype is torch.bfloat16 and all(size % 128 == 0 for size in sizes)
 
-    caches = (hopper._tile_kernel, hopper._norm_kernel, hopper._rope_kernel)
+    caches = (hopper._tile_kernel, hopper._norm_kernel, hopper._rope_kernel, hopper._sum_kernel)
     for cached in caches:
         cached.cache_clear()
     monkeypatch.setattr(hopper, "_kernel", kernel)
@@ -143,7 +143,7 @@ def test_rmsnorm(m, h, programs, monkeypatch):
     monkeypatch.setattr(
         hopper,
         "norm_backward",
-        lambda *args: native(*args[:5], min(m, programs), args[6]),
+        lambda *args: native(*args[:5], min(m, programs), *args[6:]),
     )
     x, gain = random(m, h, seed=1), random(h, seed=2)
     normed = rmsnorm.rmsnorm_cast(x, gain, 1e-6, POW2, keep=True)
@@ -162,6 +162,18 @@ def test_rmsnorm(m, h, programs, monkeypatch):
         apart = (got.dx.double() - want).abs()
         assert (apart <= 2.0**-8 * want.abs() + 1e-6 * dy.double().abs().max()).all()
         torch.testing.assert_close(got.dweight.double(), dgain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 33, 128, 660])
+def test_sums_of_parts(parts):
+    """More rows than a program reads at a time, fewer, and one; a NaN stays in its column."""
+    values = torch.randn(parts, 384, generator=torch.Generator().manual_seed(parts))
+    values[parts // 2, 17] = float("nan")
+    exact = values.double().sum(0)
+    total = hopper.sum_of_parts(values, torch.float32)
+    torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-4, equal_nan=True)
+    half = hopper.sum_of_parts(values, torch.bfloat16)
+    torch.testing.assert_close(half, total.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_qkv_split_and_rotated():
