@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import queue
@@ -32,13 +31,11 @@ from rich.progress import Progress
 from megatron_fp8_ext.errors import UserError
 from megatron_fp8_ext.files import write_atomically
 from megatron_fp8_ext.megatron_plugin import flags
-from megatron_fp8_ext.proof import child, plan, record
+from megatron_fp8_ext.proof import child, fingerprint, record
 from megatron_fp8_ext.proof.plan import Member
 from megatron_fp8_ext.recipe import TE_FP32_SCALES
 
 ATTEMPT = "$ "  # a line of the log that begins so is the command of an attempt
-_SAMPLES, _SAMPLE_BYTES = 64, 65536
-_WHOLE_BYTES = _SAMPLES * _SAMPLE_BYTES
 
 
 def execute(
@@ -62,13 +59,31 @@ def execute(
         UserError: a folder holds another comparison.
         KeyboardInterrupt: after the running members were stopped and marked interrupted.
     """
-    data = fingerprints(members[0].common) if members else {}
+    data = fingerprint.of_inputs(members[0].common) if members else {}
     for member in members:
         _claim(member, data)
     left = [member for member in members if not _done(member, score)]
     if len(left) < len(members):
         console.print(f"{len(members) - len(left)} of {len(members)} runs had finished before")
-    found = places(_processes(members[0].common) if members else 1, _visible_gpus(), parallel)
+    needed = _processes(members[0].common) if members else 1
+    found = places(needed, _visible_gpus(), parallel)
+    while left:
+        _execute_at_once(left, console, score, found)
+        if found.sharing == 1:
+            return
+        # Sharing a GPU is only a way to be quicker: what did not fit beside others has not failed.
+        left = [member for member in left if _ran_out_of_memory(member)]
+        found = places(needed, _visible_gpus(), max(len(found.devices) // 2, 1))
+        if left:
+            console.print(
+                f"{len(left)} runs ran out of memory beside others: again, {len(found.devices)} at a time"
+            )
+
+
+def _execute_at_once(
+    left: Sequence[Member], console: Console, score: str | None, found: Places
+) -> None:
+    """Run each once, as many at a time as there are places."""
     free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for device in found.devices:
         free.put(device)
@@ -90,50 +105,11 @@ def execute(
             raise
 
 
-def fingerprints(command: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return, for all that the command reads, its size and a digest.
-
-    Corpora (`--data-path`), packed samples (`--sft-data`) and the checkpoint at the start (`--load`). The
-    digest covers small files (a corpus' index: documents, lengths, order) whole, and of large ones 64
-    evenly spaced pieces of 64 KiB, so that it costs little on terabytes.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for prefix in plan.data_prefixes(command):
-        index, tokens = (prefix.with_name(prefix.name + s) for s in (".idx", ".bin"))
-        digest = hashlib.sha256()
-        _digest_whole(index, digest)
-        _digest_pieces(tokens, digest)
-        found[prefix.name] = {"bytes": tokens.stat().st_size, "sha256": digest.hexdigest()}
-    for folder in plan.input_folders(command):
-        digest, size = hashlib.sha256(), 0
-        for file in _files(folder):
-            digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
-            (_digest_pieces if file.stat().st_size > _WHOLE_BYTES else _digest_whole)(file, digest)
-            size += file.stat().st_size
-        found[folder.name] = {"bytes": size, "sha256": digest.hexdigest()}
-    return found
-
-
-def _files(folder: Path) -> list[Path]:
-    """What decides what a folder holds: of packed samples the index, with each shard's own digest."""
-    packed = folder / "index.json"
-    if packed.is_file():  # the notes beside it name the place of the source
-        return [packed]
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _digest_whole(path: Path, digest: Any) -> None:
-    with path.open("rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            digest.update(piece)
-
-
-def _digest_pieces(path: Path, digest: Any) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        for index in range(_SAMPLES):
-            file.seek(max(size - _SAMPLE_BYTES, 0) * index // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
+def _ran_out_of_memory(member: Member) -> bool:
+    if record.status(member.folder) != "crashed":
+        return False
+    state = json.loads((member.folder / record.STATE).read_text())
+    return "out of memory" in state.get("last_words", "")
 
 
 def _claim(member: Member, data: dict[str, Any]) -> None:

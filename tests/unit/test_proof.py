@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from megatron_fp8_ext.errors import UserError
-from megatron_fp8_ext.proof import plan, record, result, run, tables, verdict
+from megatron_fp8_ext.proof import fingerprint, plan, record, result, run, tables, verdict
 
 QUIET = Console(quiet=True)
 
@@ -31,6 +31,15 @@ def value(flag):
 steps, seed, recipe = int(value("--train-iters")), int(value("--seed")), value("--fp8-recipe")
 print('megatron_fp8_ext: versions: {"megatron": "%s", "device": "CPU"}' % os.environ.get("V", "1"))
 save, start = value("--save"), 0
+if os.environ.get("MEMORY"):  # for so many runs at a time
+    mine = Path(os.environ["MEMORY"]) / str(os.getpid())
+    mine.touch()
+    time.sleep(1)
+    crowd = len(list(mine.parent.iterdir()))
+    time.sleep(1)
+    mine.unlink()
+    if crowd > 1:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 38.00 MiB")
 if value("--load"):
     start = int((Path(value("--load")) / "latest_checkpointed_iteration.txt").read_text())
 for i in range(start + 1, steps + 1):
@@ -272,6 +281,20 @@ def test_runs_that_share_a_device_say_so(trainer, tmp_path, monkeypatch):
         run.places(1, ["0"], 0)
 
 
+def test_what_did_not_fit_beside_others_runs_again(trainer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_visible_gpus", lambda: ["0"])
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setenv("MEMORY", str(tmp_path / "memory"))
+    run.execute(members(trainer, tmp_path / "out", seeds=1), Console(width=120), parallel=2)
+    found = record.read_all([tmp_path / "out"])
+    assert [each.status for each in found] == ["finished", "finished"]
+    assert {each.sharing for each in found} == {1}
+    said = capsys.readouterr().out
+    assert "2 runs ran out of memory beside others: again, 1 at a time" in said
+    for each in found:
+        assert "CUDA out of memory" in (each.folder / "log.txt").read_text()
+
+
 @pytest.mark.parametrize("flag", ["--load", "--sft-data"])
 def test_another_start_or_other_samples_are_not_compared(flag, trainer, tmp_path):
     """Not the folder's name: what lies in it."""
@@ -289,7 +312,7 @@ def test_another_start_or_other_samples_are_not_compared(flag, trainer, tmp_path
         (tmp_path / where / "packed" / "index.json").write_text('{"shards": []}')
         (tmp_path / where / "packed" / "shard.json").write_text(where)
     record.read_all([tmp_path / "a", tmp_path / "c"])
-    digests = [run.fingerprints(["x", flag, str(tmp_path / w / "packed")]) for w in ("a", "b")]
+    digests = [fingerprint.of_inputs(["x", flag, str(tmp_path / w / "packed")]) for w in ("a", "b")]
     assert digests[0] == digests[1] and digests[0]["packed"]["bytes"] == 14
     with pytest.raises(UserError, match=r"the data 'given' is not the same \(3 and 3 bytes\)"):
         record.read_all([tmp_path / "a", tmp_path / "b"])
