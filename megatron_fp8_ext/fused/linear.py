@@ -128,25 +128,27 @@ class _NormLinear(torch.autograd.Function):
     ) -> Tensor:
         matrix = flat(x)
         y, rstd = _norm_linear(matrix, gain, eps, linear, bias, setup)
-        ctx.save_for_backward(matrix, gain, rstd)
-        ctx.linear, ctx.setup, ctx.shape, ctx.has_bias = linear, setup, x.shape, bias is not None
+        ctx.save_for_backward(matrix, rstd)
+        ctx.linear, ctx.setup, ctx.shape, ctx.gain, ctx.bias = linear, setup, x.shape, gain, bias
         ctx.branch = branch
         # Under sequence parallelism the first dimension grows to that of all tokens.
         return y.view(-1, *x.shape[1:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, rstd = ctx.saved_tensors
+        x, rstd = ctx.saved_tensors
         setup: Setup = ctx.setup
         past = None if ctx.branch is None else ctx.branch.take()
         dy, db = flat(grad), None
-        if ctx.has_bias:
-            dy_cast, db = cast_1x128_and_sum(dy, setup.scale_format, dy.dtype)
+        if ctx.bias is not None:
+            buffer = main_grad.of_vector(ctx.bias)
+            dy_cast, db = cast_1x128_and_sum(dy, setup.scale_format, dy.dtype, add_to=buffer)
+            db = db if buffer is None else main_grad.dummy(ctx.bias)
         else:
             dy_cast = cast_1x128(dy, setup.scale_format)
         del dy, grad
         dx, dgain, dw = norm_column_backward(
-            x, gain, rstd, dy_cast, ctx.linear, setup, ctx.needs_input_grad[2], past
+            x, ctx.gain, rstd, dy_cast, ctx.linear, setup, ctx.needs_input_grad[2], past
         )
         return dx.view(ctx.shape), dgain, dw, db, None, None, None, None
 
@@ -166,7 +168,8 @@ def norm_column_backward(
     `past` `[M, K]` is what reaches `x` beside them, the residual's gradient; it is added to theirs.
 
     Returns:
-        (gradient of `x`, of the norm's weight in its dtype, of the linear layer's weight).
+        (gradient of `x`, of the norm's weight in its dtype, of the linear layer's weight); the latter two
+        are in Megatron's buffers where there are such.
     """
     dn = setup.reduce(setup.gemm.dgrad(dy, linear.operand))
     dw = None
@@ -174,6 +177,7 @@ def norm_column_backward(
         normed = setup.gather(rmsnorm_columns(x, gain, rstd, setup.scale_format))
         dw = linear.gradient(setup.gemm, normed, dy)
         del normed
+    buffer = main_grad.of_vector(gain)
     gradients = rmsnorm_backward_cast(
         dn,
         x,
@@ -184,8 +188,9 @@ def norm_column_backward(
         rows=False,
         columns=False,
         dtype=gain.dtype,
+        add_to=buffer,
     )
-    return gradients.dx, gradients.dweight, dw
+    return gradients.dx, gradients.dweight if buffer is None else main_grad.dummy(gain), dw
 
 
 def cast_linear(x: Tensor, linear: Linear, setup: Setup, add: Tensor | None = None) -> Tensor:

@@ -289,7 +289,10 @@ def cast_1x128(
 
 
 def cast_1x128_and_sum(
-    x: Tensor, scale_format: ScaleFormat, dtype: torch.dtype = torch.float32
+    x: Tensor,
+    scale_format: ScaleFormat,
+    dtype: torch.dtype = torch.float32,
+    add_to: Tensor | None = None,
 ) -> tuple[BlockCast, Tensor]:
     """Cast a gradient in both directions, and sum its columns in the same read: a bias's gradient.
 
@@ -297,17 +300,21 @@ def cast_1x128_and_sum(
         x: `[M, K]` as for `cast_1x128`.
         scale_format: likewise.
         dtype: of the sums, BF16 or FP32; they are made in FP32.
+        add_to: `[K]` BF16 or FP32, where they are added in place of a new tensor.
 
     Returns:
         (both operands, `[K]`).
     """
     if x.dim() != 2 or not hopper.takes(x, *x.shape):
-        return cast_1x128(x, scale_format), x.sum(dim=0, dtype=torch.float32).to(dtype)
+        total = x.sum(dim=0, dtype=torch.float32)
+        return cast_1x128(x, scale_format), total.to(dtype) if add_to is None else add_to.add_(
+            total
+        )
     m, k = check_matrix(x, "the tensor to cast")
     out = allocate(m, k, x.device, (True, True))
     totals = torch.empty((m // BLOCK, k), dtype=torch.float32, device=x.device)
     hopper.run("plain", (m, k), out, scale_format == "power_of_two", x, totals=totals)
-    return out, hopper.sum_of_parts(totals, dtype)
+    return out, hopper.sum_of_parts(totals, dtype, add_to)
 
 
 def cast_128x128(

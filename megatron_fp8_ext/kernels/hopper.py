@@ -158,9 +158,9 @@ def rope_macros(head: int, backward: bool) -> Macros:
     return (("HEAD", head), ("BACKWARD", int(backward)), ("POWER_OF_TWO", 1))
 
 
-def sum_macros(half: bool) -> Macros:
+def sum_macros(half: bool, add: bool) -> Macros:
     """The macros of hopper_sums.cu."""
-    return (("HALF", int(half)), ("POWER_OF_TWO", 1))
+    return (("HALF", int(half)), ("ADD", int(add)), ("POWER_OF_TWO", 1))
 
 
 def compile_kernel(file: str, macros: Macros) -> bytes:
@@ -313,9 +313,8 @@ def norm_backward(
     dx: Tensor,
     programs: int,
     residual: Tensor | None,
-    dtype: torch.dtype,
 ) -> Tensor:
-    """RMSNorm's backward plus `residual` into `dx`; returns the weight's gradient in `dtype`."""
+    """RMSNorm's backward plus `residual` into `dx`; returns the weight's gradient of each program, FP32."""
     rows, hidden = x.shape
     dweight = torch.empty((programs, hidden), dtype=torch.float32, device=x.device)
     made: Any = _NormArguments(rows=rows, x=x.data_ptr(), dy=dy.data_ptr(), gain=gain.data_ptr())
@@ -325,7 +324,7 @@ def norm_backward(
         made.past = residual.data_ptr()
     found = _norm_kernel(device, hidden, True, True, False, residual is not None)
     _launch(found, device, (programs, 1), norm_threads(hidden), made)
-    return sum_of_parts(dweight, dtype)
+    return dweight
 
 
 def norm_threads(hidden: int) -> int:
@@ -334,22 +333,25 @@ def norm_threads(hidden: int) -> int:
 
 
 @functools.cache
-def _sum_kernel(device: int, half: bool) -> nvrtc.Kernel:
-    return _kernel(device, _SUMS, sum_macros(half))
+def _sum_kernel(device: int, half: bool, add: bool) -> nvrtc.Kernel:
+    return _kernel(device, _SUMS, sum_macros(half, add))
 
 
-def sum_of_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum partial sums `[parts, columns]` FP32 over their first dimension.
+def sum_of_parts(parts: Tensor, dtype: torch.dtype, add_to: Tensor | None = None) -> Tensor:
+    """Sum partial sums `[parts, columns]` FP32 over their first dimension, and round once.
 
     Args:
         parts: what programs of these kernels summed, contiguous; columns in whole blocks.
-        dtype: of the result, BF16 or FP32; it is rounded once.
+        dtype: of the result, BF16 or FP32.
+        add_to: `[columns]` BF16 or FP32, what is added to and returned in place of a new tensor.
     """
     rows, columns = parts.shape
-    total = torch.empty(columns, dtype=dtype, device=parts.device)
+    total = add_to
+    if total is None:
+        total = torch.empty(columns, dtype=dtype, device=parts.device)
     made: Any = _SumArguments(rows=rows, columns=columns, parts=parts.data_ptr())
     made.total, device = total.data_ptr(), parts.device.index
-    found = _sum_kernel(device, dtype is torch.bfloat16)
+    found = _sum_kernel(device, total.dtype is torch.bfloat16, add_to is not None)
     _launch(found, device, (columns // 32, 1), 1024, made)
     return total
 

@@ -1,5 +1,5 @@
 // Sums of the columns of partial sums, FP32 `[rows, columns]`: what the gradient of a gain or a bias ends with.
-// After hopper.cuh. Macro: HALF (the result is BF16, rounded once).
+// After hopper.cuh. Macros: HALF (the result is BF16, rounded once), ADD (to what is there).
 
 struct Arguments {
   const float *parts;
@@ -30,8 +30,12 @@ extern "C" __global__ void __launch_bounds__(GROUPS * 32) sum_rows(const Argumen
 #pragma unroll
   for (int other = 1; other < GROUPS; other++) total += of_group[other][lane];
 #if HALF
-  ((u16 *)a.total)[column] = (u16)round_pair(total, 0.0f);
+  u16 *to = (u16 *)a.total + column;
+  if (ADD) total += low(*to);
+  *to = (u16)round_pair(total, 0.0f);
 #else
-  ((float *)a.total)[column] = total;
+  float *to = (float *)a.total + column;
+  if (ADD) total += *to;
+  *to = total;
 #endif
 }

@@ -1,4 +1,4 @@
-"""Megatron's gradient buffers: where a weight's gradient is added in the backward, without a copy of it."""
+"""Megatron's gradient buffers: where a gradient is added in the backward, without a copy of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ def of(weight: Tensor) -> Tensor | None:
         return None
     buffer: Tensor | None = getattr(weight, "main_grad", None)
     return buffer
+
+
+def of_vector(parameter: Tensor) -> Tensor | None:
+    """The same for a norm's gain or a bias, whose gradient is only ever added to the buffer."""
+    if getattr(parameter, "overwrite_main_grad", False):
+        return None
+    return of(parameter)
 
 
 def dummy(weight: Tensor) -> Tensor:

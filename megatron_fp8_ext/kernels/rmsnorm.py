@@ -257,6 +257,7 @@ def rmsnorm_backward_cast(
     rows: bool = True,
     columns: bool = True,
     dtype: torch.dtype = torch.float32,
+    add_to: Tensor | None = None,
 ) -> NormGradients:
     """Gradients of RMSNorm, the sum with the residual stream's gradient, and the cast of it.
 
@@ -270,6 +271,7 @@ def rmsnorm_backward_cast(
         rows: whether the operand of dgrad is wanted.
         columns: whether the operand of wgrad is wanted.
         dtype: of the weight's gradient, BF16 or FP32; it is summed in FP32.
+        add_to: `[H]` BF16 or FP32, where that is added in place of a new tensor.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -283,8 +285,8 @@ def rmsnorm_backward_cast(
     if not rows and not columns and hopper.takes_norm(x, weight):
         # As many programs as its registers leave room for on the GPU.
         room = _processors(x.device) * max(1, 1024 // hopper.norm_threads(h))
-        dgain = hopper.norm_backward(dy, x, weight, rstd, dx, min(m, room), residual, dtype)
-        return NormGradients(dx, dgain, out)
+        parts = hopper.norm_backward(dy, x, weight, rstd, dx, min(m, room), residual)
+        return NormGradients(dx, hopper.sum_of_parts(parts, dtype, add_to), out)
     warps = max(1, min(16, width // 256))
     programs = max(1, min(m, _processors(x.device) * (_BACKWARD_WARPS_PER_SM // warps)))
     dweight = torch.empty((programs, h), dtype=torch.float32, device=x.device)
@@ -302,7 +304,8 @@ def rmsnorm_backward_cast(
     if columns:
         late = cast.cast_1x128(dx, scale_format, rows=False)
         out = out._replace(columns=late.columns)
-    return NormGradients(dx, dweight.sum(dim=0).to(dtype), out)
+    total = dweight.sum(dim=0)
+    return NormGradients(dx, total.to(dtype) if add_to is None else add_to.add_(total), out)
 
 
 @functools.cache

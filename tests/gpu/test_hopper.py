@@ -87,6 +87,9 @@ def test_sums_of_parts(parts):
     torch.testing.assert_close(total.double(), values.double().sum(0), rtol=1e-5, atol=1e-4)
     assert torch.equal(total, hopper.sum_of_parts(values, torch.float32)), "deterministic"
     assert torch.equal(total.bfloat16(), hopper.sum_of_parts(values, torch.bfloat16))
+    before = torch.full_like(total, 3.0)
+    hopper.sum_of_parts(values, torch.float32, add_to=before)
+    assert torch.equal(before, total + 3.0)
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)

@@ -197,6 +197,35 @@ def test_a_layer_used_twice_in_the_first_micro_batch():
     assert sqnr(weight.main_grad - 2, want[0].float() + want[1].float()) > 40
 
 
+def test_gradients_of_gain_and_bias_go_to_main_grad():
+    """They are only ever added: Megatron zeroes the buffer."""
+    x, gain, w1, _, block = mlp_case("power_of_two")
+    bias, dy = parameter(w1.shape[0], seed=7), random(M, B, w1.shape[0], scale=1e-3, seed=5)
+
+    def backward():
+        norm_linear(x, gain, EPS, block.fc1, bias, block.setup).backward(dy)
+
+    backward()
+    want = [parameter.grad.clone() for parameter in (gain, bias)]
+    with_main_grad(gain, bias)
+    for times in (1, 2):
+        gain.grad = bias.grad = None
+        backward()
+        for each, once in zip((gain, bias), want, strict=True):
+            assert each.grad_added_to_main_grad and each.grad.shape == each.shape
+            got = each.main_grad - 2.0
+            torch.testing.assert_close(got, times * once.float(), rtol=2**-7, atol=1e-6)
+            assert not torch.equal(got.to(torch.bfloat16).float(), got)
+    # Where the buffer is to be overwritten, and by a data parallelism that does not know, it is returned.
+    gain.overwrite_main_grad = True
+    del bias.grad_added_to_main_grad
+    gain.grad = bias.grad = None
+    before = [each.main_grad.clone() for each in (gain, bias)]
+    backward()
+    for each, once, untouched in zip((gain, bias), want, before, strict=True):
+        assert torch.equal(each.grad, once) and torch.equal(each.main_grad, untouched)
+
+
 @pytest.mark.slow
 def test_special_buffers():
     x, gain, w1, w2, block = mlp_case("power_of_two")

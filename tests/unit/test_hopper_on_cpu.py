@@ -143,7 +143,7 @@ def test_rmsnorm(m, h, programs, monkeypatch):
     monkeypatch.setattr(
         hopper,
         "norm_backward",
-        lambda *args: native(*args[:5], min(m, programs), *args[6:]),
+        lambda *args: native(*args[:5], min(m, programs), args[6]),
     )
     x, gain = random(m, h, seed=1), random(h, seed=2)
     normed = rmsnorm.rmsnorm_cast(x, gain, 1e-6, POW2, keep=True)
@@ -174,6 +174,10 @@ def test_sums_of_parts(parts):
     torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-4, equal_nan=True)
     half = hopper.sum_of_parts(values, torch.bfloat16)
     torch.testing.assert_close(half, total.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    for before in (torch.full((384,), 3.0), torch.full((384,), 3.0, dtype=torch.bfloat16)):
+        want = (before.float() + total).to(before.dtype)
+        assert hopper.sum_of_parts(values, torch.float32, add_to=before) is before
+        torch.testing.assert_close(before, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_qkv_split_and_rotated():

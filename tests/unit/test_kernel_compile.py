@@ -83,7 +83,9 @@ def test_cuda_kernels_compile_for_hopper(power_of_two):
             assert hopper.compile_kernel("hopper_norm.cu", macros)[:4] == b"\x7fELF"
         rope = hopper.rope_macros(128, bool(power_of_two))
         assert hopper.compile_kernel("hopper_rope.cu", rope)[:4] == b"\x7fELF"
-    summed = hopper.compile_kernel("hopper_sums.cu", hopper.sum_macros(power_of_two))
+    summed = hopper.compile_kernel(
+        "hopper_sums.cu", hopper.sum_macros(power_of_two, not power_of_two)
+    )
     assert summed[:4] == b"\x7fELF"
     with pytest.raises(nvrtc.CudaError, match=r"hopper_norm.cu.*error"):
         hopper.compile_kernel("hopper_norm.cu", (*macros, ("low", 1)))
