@@ -92,7 +92,9 @@ def translated(file: str, macros: tuple[tuple[str, int], ...], entry: str) -> st
     """
     folder = resources.files("megatron_fp8_ext.kernels")
     text = "".join(folder.joinpath(name).read_text("utf-8") for name in ("hopper.cuh", file))
-    text = without_ptx(text).replace("extern __shared__ uint4 staged[];", "static uint4 staged[1 << 14];")
+    text = without_ptx(text).replace(
+        "extern __shared__ uint4 staged[];", "static uint4 staged[1 << 14];"
+    )
     text = text.replace("__shared__", "static")
     defined = "".join(f"#define {name} {value}\n" for name, value in macros)
     shim = (HERE / "cuda_on_cpu.hpp").read_text("utf-8")

@@ -73,7 +73,11 @@ class Kernel:
     def __call__(self, grid: tuple[int, int], threads: int, arguments: ctypes.Structure) -> None:
         """Raises: Failure."""
         wrong = self._library.launch(
-            ctypes.byref(arguments), grid[0], threads, self._tiling.cluster, ctypes.c_long(self._seed)
+            ctypes.byref(arguments),
+            grid[0],
+            threads,
+            self._tiling.cluster,
+            ctypes.c_long(self._seed),
         )
         if wrong:
             raise Failure(wrong.decode())

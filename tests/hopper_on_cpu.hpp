@@ -171,7 +171,7 @@ inline void barrier_wait(u32 address, u32 parity) {
 
 // Copies. A map's bytes here: what `cuTensorMapEncodeTiled` is given (hopper_gemm_on_cpu.py).
 struct Map { u64 address; u32 element, columns, rows, stride, box_columns, box_rows, swizzle; };
-struct Copy { bool store; Map map; int block, thread; u32 mask, shared, barrier; int column, row; };
+struct Copy { bool store; Map map; int block, thread, pace; u32 mask, shared, barrier; int column, row; };
 static std::vector<Copy> copies;
 static int committed[MAX_THREADS], uncommitted[MAX_THREADS];
 
@@ -185,20 +185,20 @@ inline void issue(Copy copy, const TensorMap *map) {
     fail("not a tensor map: %u x %u elements of %u bytes", copy.map.box_rows, copy.map.box_columns, copy.map.element);
   if (copy.map.swizzle && width != 128) fail("only whole swizzled rows are emulated");
   offset_of(copy.shared, bytes_of(copy.map), 128);
-  copy.block = own_block(), copy.thread = running;
+  copy.block = own_block(), copy.thread = running, copy.pace = one_in(4) ? copy.store ? 300 : 30 : 3;
   copies.push_back(copy);
   let_others();
 }
 inline void load_box_to(const TensorMap *map, u32 barrier, u32 to, int column, int row, u16 mask) {
   if (!mask || mask >> cluster_blocks) fail("no blocks %u in the cluster", mask);
-  issue({false, {}, 0, 0, mask, to, barrier, column, row}, map);
+  issue({false, {}, 0, 0, 0, mask, to, barrier, column, row}, map);
 }
 inline void load_box(const TensorMap *map, u32 barrier, u32 to, int column, int row) {
   load_box_to(map, barrier, to, column, row, (u16)(1 << own_block()));
 }
 inline void store_box(const TensorMap *map, u32 from, int column, int row) {
   uncommitted[running]++;
-  issue({true, {}, 0, 0, 0, from, 0, column, row}, map);
+  issue({true, {}, 0, 0, 0, 0, from, 0, column, row}, map);
 }
 inline void commit_stores() { committed[running] += uncommitted[running], uncommitted[running] = 0; }
 inline void wait_stores() {
@@ -254,7 +254,7 @@ inline void copy_from(const Copy &copy) {
 inline void do_copies() {
   running = -1;
   for (size_t i = 0; i < copies.size() && !failure[0];) {
-    if (!one_in(4)) { i++; continue; }
+    if (!one_in(copies[i].pace)) { i++; continue; }
     const Copy copy = copies[i];
     copies.erase(copies.begin() + i);
     if (copy.store) copy_from(copy);

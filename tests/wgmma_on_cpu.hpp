@@ -135,13 +135,14 @@ static void start(int blocks, int threads) {
   }
 }
 
-// Warps in random order, some not at all in a round.
+// Warps in random order, some not at all in a round, those of some warpgroups seldom.
+static int paces[MAX_THREADS / 128];
 static void run_round(int threads) {
   std::vector<int> warps;
   for (int warp = 0; warp < threads / 32; warp++) warps.push_back(warp);
   for (size_t i = warps.size(); i-- > 1;) std::swap(warps[i], warps[(one_in(1), random_state % (i + 1))]);
   for (int warp : warps) {
-    if (one_in(4)) continue;
+    if (one_in(4) || !one_in(paces[warp / 4])) continue;
     for (running = warp * 32; running < warp * 32 + 32 && !failure[0]; running++) {
       if (ended[running] || (blocked[running] && !blocked[running]())) continue;
       blocked[running] = nullptr;
@@ -157,13 +158,14 @@ static const char *launch_clusters(void (*kernel)(), int grid, int threads, int 
   gridDim = {(unsigned)grid, 1, 1}, blockDim = {(unsigned)threads, 1, 1};
   for (first_block = 0; first_block < grid && !failure[0]; first_block += cluster) {
     start(cluster, threads);
+    for (int &pace : paces) pace = one_in(3) ? 20 : 1;
     long before = progress;
     for (int idle = 0, left = 1; left && !failure[0];) {
       run_round(cluster * threads);
       do_copies();
       left = 0;
       for (int t = 0; t < cluster * threads; t++) left += !ended[t];
-      idle = progress == before ? idle + 1 : 0, before = progress;
+      idle = progress == before && copies.empty() ? idle + 1 : 0, before = progress;
       if (idle == 1000) snprintf(failure, sizeof failure, "%d threads wait for each other", left);
     }
     if (!failure[0] && copies.size()) snprintf(failure, sizeof failure, "copies were left over");

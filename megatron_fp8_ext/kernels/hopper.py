@@ -156,9 +156,7 @@ def rope_macros(head: int, backward: bool) -> Macros:
     return (("HEAD", head), ("BACKWARD", int(backward)), ("POWER_OF_TWO", 1))
 
 
-def compile_kernel(
-    file: str, macros: Macros, headers: tuple[str, ...] = ("hopper.cuh",)
-) -> bytes:
+def compile_kernel(file: str, macros: Macros, headers: tuple[str, ...] = ("hopper.cuh",)) -> bytes:
     """Return the cubin of one kernel; needs no GPU."""
     folder = resources.files("megatron_fp8_ext.kernels")
     text = "".join(folder.joinpath(name).read_text("utf-8") for name in (*headers, file))

@@ -142,7 +142,9 @@ def unfit(x: Operand, w: Operand, out: Tensor) -> str | None:
         w: codes `[N, K]`, scales of 128x128.
         out: `[M, N]`.
     """
-    (m, k), (n, _) = x.codes.shape, w.codes.shape
+    (m, k), (n, columns) = x.codes.shape, w.codes.shape
+    if columns != k or tuple(out.shape) != (m, n):
+        return f"[{m}, {k}] and [{n}, {columns}] do not make {list(out.shape)}"
     if any(size == 0 or size % BLOCK for size in (m, n, k)):
         return f"M {m}, N {n} and K {k} are not all multiples of {BLOCK}"
     if out.dtype is not torch.bfloat16:
@@ -224,11 +226,14 @@ def matmul(x: Operand, w: Operand, out: Tensor, tiling: Tiling = TILING) -> Tens
     return out
 
 
+def asked_for() -> bool:
+    """Whether the environment asks for this kernel."""
+    return os.environ.get(cublaslt.VARIABLE) == "own"
+
+
 @functools.cache
 def reason(device: int) -> str | None:
-    """Say why the kernel is not used on this GPU, in a clause; None if it is: asked for, and right here."""
-    if os.environ.get(cublaslt.VARIABLE) != "own":
-        return f"{cublaslt.VARIABLE}=own does not ask for it"
+    """Say why the kernel is not for this GPU, in a clause; None if it runs and is right."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
         return "not a Hopper GPU"
     try:
