@@ -36,12 +36,13 @@ struct Arguments {
 
 // A tile, of those that the cluster takes: clusters go down a group's rows, then on to the next columns.
 struct Tile {
-  int number, m, n;
+  int number, m = 0, n = 0;
   bool exists;
   __device__ __forceinline__ Tile(const Arguments &a, int number, u32 rank)
       : number(number), exists(number < a.tiles_m * a.tiles_n) {
-    const int group = number / (GROUP * a.tiles_n), within = number % (GROUP * a.tiles_n);
-    const int height = min(GROUP, a.tiles_m - group * GROUP);
+    if (!exists) return;
+    const u32 of_group = GROUP * a.tiles_n, group = number / of_group, within = number % of_group;
+    const u32 height = min(GROUP, a.tiles_m - (int)group * GROUP);
     m = (group * GROUP + within % height) * CLUSTER_M + (CLUSTER_M > 1 ? rank : 0);
     n = within / height * CLUSTER_N + (CLUSTER_N > 1 ? rank : 0);
   }
@@ -119,20 +120,24 @@ __device__ __forceinline__ void multiply_tiles(const Arguments &a, u32 shared, u
   const u32 scales_at = shared + SCALES_AT + (group * ROWS + warp * 16 + lane / 4) * 4;
   Stage stage;
   Tile tile(a, blockIdx.x / CLUSTER, rank);
-  float w_scale = tile.exists ? __ldg(tile.w_scales(a)) : 0.0f;
+  float w_scale = __ldg(tile.w_scales(a));
   while (tile.exists) {
-    const Tile next = tile.next(a, rank);
-    const float *of_tile = tile.w_scales(a), *of_next = next.exists ? next.w_scales(a) : of_tile;
+    Tile next = tile;
+    const float *of_tile = tile.w_scales(a);
     float sum[WAVES][64] = {};
 #pragma unroll 1
     for (int k = 0; k < a.blocks; k++, stage.advance()) {
-      const float later = __ldg(k + 1 < a.blocks ? of_tile + k + 1 : of_next);
+      float upper[WAVES], lower[WAVES], later;  // scales: of rows, 8 apart, times W's
       barrier_wait(shared + FULL_AT + stage.index * 8, stage.parity);
 #pragma unroll
       for (int wave = 0; wave < WAVES; wave++) {
-        const u64 x = x_at + (stage.index * X_BYTES + wave * 64 * BLOCK_K) / 16, w = w_at + stage.index * W_BYTES / 16;
         const u32 scales = scales_at + stage.index * SCALE_BYTES + wave * 64 * 4;
-        const float upper = __fmul_rn(load_shared(scales), w_scale), lower = __fmul_rn(load_shared(scales + 32), w_scale);
+        upper[wave] = __fmul_rn(load_shared(scales), w_scale);
+        lower[wave] = __fmul_rn(load_shared(scales + 32), w_scale);
+      }
+#pragma unroll
+      for (int wave = 0; wave < WAVES; wave++) {
+        const u64 x = x_at + (stage.index * X_BYTES + wave * 64 * BLOCK_K) / 16, w = w_at + stage.index * W_BYTES / 16;
         float part[64];
         pin(part);
         mma_begin();
@@ -140,15 +145,19 @@ __device__ __forceinline__ void multiply_tiles(const Arguments &a, u32 shared, u
         for (int i = 0; i < BLOCK_K / 32; i++) mma_64x128x32(part, x + i * 2, w + i * 2, i > 0);
         mma_commit();
         pin(part);
+        if (wave == 0) {  // what comes next, while the tensor cores work
+          if (k == 0) next = tile.next(a, rank);
+          later = __ldg(k + 1 < a.blocks ? of_tile + k + 1 : next.w_scales(a));
+        }
         mma_wait();
         pin(part);
         if (wave == WAVES - 1) release(shared, stage, lane);
 #pragma unroll
         for (int i = 0; i < 64; i += 4) {
-          sum[wave][i] = __fmaf_rn(part[i], upper, sum[wave][i]);
-          sum[wave][i + 1] = __fmaf_rn(part[i + 1], upper, sum[wave][i + 1]);
-          sum[wave][i + 2] = __fmaf_rn(part[i + 2], lower, sum[wave][i + 2]);
-          sum[wave][i + 3] = __fmaf_rn(part[i + 3], lower, sum[wave][i + 3]);
+          sum[wave][i] = __fmaf_rn(part[i], upper[wave], sum[wave][i]);
+          sum[wave][i + 1] = __fmaf_rn(part[i + 1], upper[wave], sum[wave][i + 1]);
+          sum[wave][i + 2] = __fmaf_rn(part[i + 2], lower[wave], sum[wave][i + 2]);
+          sum[wave][i + 3] = __fmaf_rn(part[i + 3], lower[wave], sum[wave][i + 3]);
         }
       }
       w_scale = later;

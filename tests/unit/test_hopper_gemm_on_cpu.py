@@ -91,9 +91,10 @@ def test_shapes(name, m, n, k, monkeypatch):
 def test_groups_of_rows(monkeypatch):
     """More tiles along M than a group has: every tile is made once."""
     use(monkeypatch)
-    x, w, want = case(1408, 384, 128)
-    for name in ("128x128, alone", "128x128, two below"):
-        assert agrees(product(x, w.rows, TILINGS[name]), want)
+    for m in (1024, 1408):
+        x, w, want = case(m, 384, 128)
+        for tiling in (ALONE, BELOW):
+            assert agrees(product(x, w.rows, tiling), want)
 
 
 def test_the_transposed_weight(monkeypatch):
@@ -117,7 +118,7 @@ def test_the_order_of_events_does_not_show(monkeypatch):
 def test_self_check(monkeypatch):
     use(monkeypatch)
     assert hopper_gemm.failure(torch.device("cpu")) is None
-    use(monkeypatch, change=lambda text: text.replace("upper, sum", "lower, sum"))
+    use(monkeypatch, change=lambda text: text.replace("upper[wave], sum", "lower[wave], sum"))
     assert "wrong on this machine" in hopper_gemm.failure(torch.device("cpu"))
 
 
@@ -136,7 +137,7 @@ MUTATIONS = {
     "the wrong parity": ("stage.parity ^ 1);", "stage.parity);", "wait for each other"),
     "the wrong row's scale": ("load_shared(scales + 32)", "load_shared(scales + 16)", "wrong"),
     "the wrong block's scale": ("w_scale = later;", "w_scale *= 1.0f;", "wrong"),
-    "the next tile's scale": (": of_next)", ": of_tile)", "wrong"),
+    "the next tile's scale": (": next.w_scales(a))", ": of_tile)", "wrong"),
     "no swizzle of the products": (" | (u64)1 << 62", "", "wrong|nobody has read"),
     "no swizzle of the result": (" ^ (row % 8)", "", "wrong|two threads wrote"),
     "the wrong rows apart": ("(1024 >> 4) << 32", "(512 >> 4) << 32", "wrong|nobody has read"),
