@@ -9,8 +9,8 @@ struct alignas(64) TensorMap {  // CUtensorMap, made by cuTensorMapEncodeTiled
   u8 opaque[128];
 };
 
-// A wait that takes this many tries, seconds at least, is an error: the launch fails and does not hang.
-constexpr u32 PATIENCE = 1u << 26;
+// A wait that takes longer, in nanoseconds, is an error: the launch fails and does not hang.
+constexpr u64 PATIENCE = 10000000000;
 
 __device__ __forceinline__ u32 shared_memory() {
   extern __shared__ __align__(1024) u8 dynamic[];
@@ -26,6 +26,12 @@ __device__ __forceinline__ float load_shared(u32 at) {
 // An illegal store, which ends the launch. Not `trap`: with it in a wait ptxas (CUDA 13.0) spills accumulators.
 __device__ __forceinline__ void give_up() {
   asm volatile("st.global.u32 [%0], %1;" ::"l"((u64)0), "r"(0) : "memory");
+}
+
+__device__ __forceinline__ u64 nanoseconds() {  // %globaltimer
+  u64 now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
 }
 
 // Clusters.
@@ -86,8 +92,10 @@ __device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {  // mb
 
 // Until the phase of this parity is over; the phase before the first one, of parity 1, is.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  for (u32 tries = 0; !barrier_passed(barrier, parity); tries++)
-    if (tries == PATIENCE) give_up();
+  if (barrier_passed(barrier, parity)) return;
+  const u64 since = nanoseconds();
+  while (!barrier_passed(barrier, parity))
+    if (nanoseconds() - since > PATIENCE) give_up();
 }
 
 // Copies of boxes of a matrix (TMA). `column` and `row` are of its first element; what lies outside of the matrix is

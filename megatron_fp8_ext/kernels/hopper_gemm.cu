@@ -179,13 +179,20 @@ __device__ __forceinline__ void multiply_tiles(const Arguments &a, u32 shared, u
   if (thread == 0) wait_stores();
 }
 
+constexpr int THREADS = 128 * (MULTIPLIERS + 1);
+
+__device__ __forceinline__ void sync_all() {
+  if (CLUSTER > 1) cluster_sync();
+  else sync_threads(0, THREADS);
+}
+
 #if CLUSTER > 1
 #define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
 #else
 #define IN_CLUSTERS
 #endif
 
-extern "C" __global__ void IN_CLUSTERS __launch_bounds__(128 * (MULTIPLIERS + 1), 1)
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1)
     block_scaled_gemm(const __grid_constant__ Arguments a) {
   const u32 shared = shared_memory(), rank = CLUSTER > 1 ? cluster_rank() : 0;
   const u32 group = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -198,7 +205,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(128 * (MULTIPLIERS + 1)
     barrier_init_fence();
   }
   __syncwarp();
-  cluster_sync();
+  sync_all();
   if (group == MULTIPLIERS) {
     give_registers<LOADER_REGISTERS>();
     if (threadIdx.x == MULTIPLIERS * 128) load_tiles(a, shared, rank);
@@ -208,5 +215,5 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(128 * (MULTIPLIERS + 1)
     multiply_tiles(a, shared, rank, group);
     __syncwarp();
   }
-  cluster_sync();  // nothing is copied or arrives into a block that has ended
+  sync_all();  // nothing is copied or arrives into a block that has ended
 }

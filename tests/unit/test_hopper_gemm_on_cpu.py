@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
 
 import cuda_on_cpu
 import pytest
@@ -174,7 +178,7 @@ OF_CLUSTERS = {
         "more arrivals|went over|nobody waited",
     ),
     "ended before the other block": (
-        "  cluster_sync();  // nothing",
+        "  sync_all();  // nothing",
         "  //",
         "has ended|wait for each other",
     ),
@@ -185,7 +189,6 @@ OF_CLUSTERS = {
 
 def found(monkeypatch, tiling, before, after, message, seeds=6):
     """Whether one of some orders of events shows the mutation, as `message` says."""
-    import re
 
     def change(text):
         assert before in text, "the mutation is of code that is not there"
@@ -227,11 +230,39 @@ def test_what_does_not_fit():
 
 
 @pytest.mark.parametrize("name", TILINGS)
-def test_it_compiles_for_hopper(name):
-    """NVRTC, as at run time. The instructions are in the cubin, and no register went to memory."""
+def test_it_compiles_for_hopper(name, tmp_path):
+    """NVRTC, as at run time; the machine code has the instructions, each as often as it should."""
     try:
         nvrtc._nvrtc()
     except nvrtc.CudaError as error:
         pytest.skip(str(error))
-    assert hopper_gemm.compile_kernel(TILINGS[name])[:4] == b"\x7fELF"
+    tiling, cubin = TILINGS[name], tmp_path / "kernel.cubin"
+    cubin.write_bytes(hopper_gemm.compile_kernel(tiling))
     assert ctypes.sizeof(hopper_gemm._Arguments) == 576
+    found = importlib.util.find_spec("triton")
+    disassembler = Path(found.origin).parent / "backends/nvidia/bin/cuobjdump"
+    if not disassembler.exists():
+        pytest.skip("this Triton comes without cuobjdump")
+
+    def dump(flag):
+        done = subprocess.run([disassembler, flag, cubin], capture_output=True, text=True)
+        return done.stdout
+
+    assert "STACK:0" in dump("--dump-resource-usage"), "accumulators went to memory"
+    code = dump("-sass")
+    shared = tiling.cluster > 1
+    for instruction, count in (
+        ("QGMMA.64x128x32.F32.E4M3.E4M3", 4 * tiling.tile_m // 128),
+        ("WARPGROUP.DEPBAR", tiling.tile_m // 128),  # more of them: products wait for each other
+        ("UTMALDG.2D", 3),
+        ("UTMALDG.2D.MULTICAST", int(shared)),
+        ("UTMASTG.2D", 2),
+        ("STSM.16.M88.4", 8 * tiling.tile_m // 128),
+        ("USETMAXREG", 2),
+        ("SYNCS.ARRIVE.TRANS64", 2),
+        ("UCGABAR_WAIT", 2 * shared),
+    ):
+        assert code.count(instruction) == count, instruction
+    # A fence of the whole GPU belongs to the start and the end of a cluster, not to each block of K.
+    start, end = code.index("USETMAXREG"), code.rindex("UTMALDG")
+    assert "MEMBAR.ALL.GPU" not in code[start:end]
