@@ -71,6 +71,19 @@ def _meaning(match: re.Match[str]) -> str:
     return PTX[instruction].format(*operands, bytes=match[1].rstrip(";").split(" ")[-1])
 
 
+def without_ptx(text: str) -> str:
+    """Return C++ with the meaning of each asm statement in its place.
+
+    Raises:
+        KeyError: an instruction whose meaning is not written down.
+    """
+    text = re.sub(
+        r'asm(?: volatile)?\("([^"]*)"((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\);', _meaning, text
+    )
+    assert "asm" not in text.replace("volatile", ""), "an asm statement was not understood"
+    return text
+
+
 def translated(file: str, macros: tuple[tuple[str, int], ...], entry: str) -> str:
     """Return C++ of one kernel with its `launch`.
 
@@ -79,11 +92,9 @@ def translated(file: str, macros: tuple[tuple[str, int], ...], entry: str) -> st
     """
     folder = resources.files("megatron_fp8_ext.kernels")
     text = "".join(folder.joinpath(name).read_text("utf-8") for name in ("hopper.cuh", file))
-    text = re.sub(
-        r'asm(?: volatile)?\("([^"]*)"((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\);', _meaning, text
+    text = without_ptx(text).replace(
+        "extern __shared__ uint4 staged[];", "static uint4 staged[1 << 14];"
     )
-    assert "asm" not in text.replace("volatile", ""), "an asm statement was not understood"
-    text = text.replace("extern __shared__ uint4 staged[];", "static uint4 staged[1 << 14];")
     text = text.replace("__shared__", "static")
     defined = "".join(f"#define {name} {value}\n" for name, value in macros)
     shim = (HERE / "cuda_on_cpu.hpp").read_text("utf-8")
@@ -96,9 +107,10 @@ def _folder() -> Path:
 
 
 @functools.cache
-def _library(source: str) -> ctypes.CDLL:
+def library(source: str) -> ctypes.CDLL:
+    """Compile C++ and load it, once a process."""
     name = hashlib.sha256(source.encode()).hexdigest()[:16]
-    file, library = _folder() / f"{name}.cpp", _folder() / f"{name}.so"
+    file, built = _folder() / f"{name}.cpp", _folder() / f"{name}.so"
     file.write_text(source)
     flags = [
         "-O1",
@@ -108,16 +120,17 @@ def _library(source: str) -> ctypes.CDLL:
         "-fPIC",
         "-shared",
         "-w",
+        "-Wno-psabi",
     ]
-    subprocess.run([str(COMPILER), *flags, str(file), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    subprocess.run([str(COMPILER), *flags, str(file), "-o", str(built)], check=True)
+    return ctypes.CDLL(str(built))
 
 
 class Kernel:
     """As `nvrtc.Kernel`, on the CPU."""
 
     def __init__(self, file: str, macros: tuple[tuple[str, int], ...], entry: str) -> None:
-        self._library = _library(translated(file, macros, entry))
+        self._library = library(translated(file, macros, entry))
 
     def __call__(self, grid: tuple[int, int], threads: int, arguments: ctypes.Structure) -> None:
         self._library.launch(ctypes.byref(arguments), grid[0], grid[1], threads)

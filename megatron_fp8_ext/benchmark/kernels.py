@@ -299,8 +299,11 @@ def _loss_cases(shape: Shape) -> Iterator[Case]:
 
 
 def gemm_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
-    """The three products of each linear layer: torch's in BF16, TransformerEngine's and the fused layers'."""
-    from megatron_fp8_ext.kernels import cublaslt
+    """The three products of each linear layer: torch's in BF16, TransformerEngine's and the fused layers'.
+
+    Our own kernel makes two of them, once it has made a small one right.
+    """
+    from megatron_fp8_ext.kernels import cublaslt, hopper_gemm
     from megatron_fp8_ext.kernels.cast import BlockCast, cast_1x128
     from megatron_fp8_ext.megatron_plugin import te_tensor
     from megatron_fp8_ext.megatron_plugin.te_gemm import TEGemm
@@ -309,6 +312,11 @@ def gemm_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
         gemms = {"TE blockwise": TEGemm(direct=False)}
         if cublaslt.reason(torch.cuda.current_device()) is None:
             gemms["cuBLASLt, called here"] = TEGemm(direct=True)
+            if hopper_gemm.reason(torch.cuda.current_device()) is None:
+                gemms |= {
+                    f"ours, {name}": TEGemm(direct=True, own=tiling)
+                    for name, tiling in hopper_gemm.TILINGS.items()
+                }
         quantize = te_tensor.quantizer("power_of_two", True)
     except (ImportError, OSError) as error:
         raise UserError(f"bench gemm needs TransformerEngine: {error}") from error
@@ -339,6 +347,8 @@ def gemm_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
                 ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, main_grad, True), "added to FP32"),
                 ("wgrad", partial(gemm.wgrad, x_cast, dy_cast, main_grad, False), "over FP32"),
             ):
+                if kind == "wgrad" and by.startswith("ours"):
+                    continue  # cuBLASLt's
                 yield f"{name} {kind}", by, 0, flops, scaled, note
 
 

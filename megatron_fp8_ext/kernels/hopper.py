@@ -163,10 +163,10 @@ def sum_macros(half: bool, add: bool) -> Macros:
     return (("HALF", int(half)), ("ADD", int(add)), ("POWER_OF_TWO", 1))
 
 
-def compile_kernel(file: str, macros: Macros) -> bytes:
+def compile_kernel(file: str, macros: Macros, headers: tuple[str, ...] = ("hopper.cuh",)) -> bytes:
     """Return the cubin of one kernel; needs no GPU."""
     folder = resources.files("megatron_fp8_ext.kernels")
-    text = "".join(folder.joinpath(name).read_text("utf-8") for name in ("hopper.cuh", file))
+    text = "".join(folder.joinpath(name).read_text("utf-8") for name in (*headers, file))
     options = ["--gpu-architecture=sm_90a", "--std=c++17"]
     return nvrtc.compile_source(
         text, file, [*options, *(f"-D{name}={value}" for name, value in macros)]
@@ -193,9 +193,10 @@ def _norm_kernel(device: int, hidden: int, backward: bool, *switches: bool) -> n
     return _kernel(device, _NORM, norm_macros(hidden, backward, *switches), shared)
 
 
-def _launch(
+def launch(
     found: nvrtc.Kernel, device: int, grid: tuple[int, int], threads: int, made: ctypes.Structure
 ) -> None:
+    """Launch on torch's current stream of that device."""
     if device == torch.cuda.current_device():
         found(grid, threads, made)
     else:
@@ -267,7 +268,7 @@ def run(
         stash is not None,
         totals is not None,
     )
-    _launch(found, device, (columns // BLOCK, rows // BLOCK), THREADS, made)
+    launch(found, device, (columns // BLOCK, rows // BLOCK), THREADS, made)
 
 
 def takes_norm(x: Tensor, gain: Tensor) -> bool:
@@ -302,7 +303,7 @@ def norm_rows(
         made.kept = kept.data_ptr()
     device = x.device.index
     found = _norm_kernel(device, hidden, False, power_of_two, kept is not None, False)
-    _launch(found, device, (-(-rows // 8), 1), THREADS, made)
+    launch(found, device, (-(-rows // 8), 1), THREADS, made)
 
 
 def norm_backward(
@@ -323,7 +324,7 @@ def norm_backward(
     if residual is not None:
         made.past = residual.data_ptr()
     found = _norm_kernel(device, hidden, True, True, False, residual is not None)
-    _launch(found, device, (programs, 1), norm_threads(hidden), made)
+    launch(found, device, (programs, 1), norm_threads(hidden), made)
     return dweight
 
 
@@ -352,7 +353,7 @@ def sum_of_parts(parts: Tensor, dtype: torch.dtype, add_to: Tensor | None = None
     made: Any = _SumArguments(rows=rows, columns=columns, parts=parts.data_ptr())
     made.total, device = total.data_ptr(), parts.device.index
     found = _sum_kernel(device, total.dtype is torch.bfloat16, add_to is not None)
-    _launch(found, device, (columns // 32, 1), 1024, made)
+    launch(found, device, (columns // 32, 1), 1024, made)
     return total
 
 
@@ -378,4 +379,4 @@ def rotate_qkv(
     made.cosine, made.sine = cosine.data_ptr(), sine.data_ptr()
     device = qkv.device.index
     threads = min(256, -(-groups * (queries + 2) * head // (16 * 32)) * 32)
-    _launch(_rope_kernel(device, head, backward), device, (s * b, 1), threads, made)
+    launch(_rope_kernel(device, head, backward), device, (s * b, 1), threads, made)

@@ -1,6 +1,7 @@
 """The block-scaled GEMM under the fused functions, and TransformerEngine's FP8 weights as their operands.
 
-This package calls cuBLASLt (`kernels.cublaslt`), or TransformerEngine does where that cannot be.
+This package calls cuBLASLt (`kernels.cublaslt`), or TransformerEngine does where that cannot be. A kernel of
+our own (`kernels.hopper_gemm`) is opt-in: it has not run on a GPU yet.
 
 Written against TransformerEngine 2.20 (`pytorch/module/layernorm_linear.py`, `module/base.py`): the calls and
 their order are those of its own modules.
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp8_ext.kernels import cublaslt
+from megatron_fp8_ext.kernels import cublaslt, hopper_gemm
 from megatron_fp8_ext.kernels.cast import BlockCast, Operand
 from megatron_fp8_ext.megatron_plugin.te_tensor import binding
 
@@ -115,11 +116,16 @@ def _without_python(
 class TEGemm:
     """The protocol of `fused.gemm`; the weight is TransformerEngine's FP8 tensor."""
 
-    def __init__(self, direct: bool | None = None) -> None:
-        """`direct`: call cuBLASLt here; None where that can be.
+    def __init__(self, direct: bool | None = None, own: hopper_gemm.Tiling | None = None) -> None:
+        """Choose who multiplies.
+
+        Args:
+            direct: call cuBLASLt here; None where that can be.
+            own: make x W^T and dy W by our own kernel, cut like this, where it fits; None where
+                `MEGATRON_FP8_EXT_GEMM=own` asks for it.
 
         Raises:
-            CublasError: it is asked for and cannot be.
+            CublasError: cuBLASLt is asked for and cannot be called.
         """
         te = _te()
         self._gemm = _without_python if te.is_known else te.gemm
@@ -127,6 +133,13 @@ class TEGemm:
         if direct and gap is not None:
             raise cublaslt.CublasError(f"cuBLASLt cannot be called here: {gap}")
         self._direct = direct is not False and gap is None
+        self._own = own
+        if self._direct and direct is None and hopper_gemm.asked_for():
+            gap = hopper_gemm.reason(torch.cuda.current_device())
+            if gap is None:
+                self._own = hopper_gemm.TILING
+            else:
+                warnings.warn(f"cuBLASLt makes the FP8 products: {gap}", stacklevel=2)
 
     def _ours(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """`cublaslt.matmul`; None, now and ever after, where cuBLASLt refuses a product."""
@@ -137,13 +150,23 @@ class TEGemm:
             warnings.warn(f"TransformerEngine makes the FP8 products: {error}", stacklevel=2)
             return None
 
+    def _by_own_kernel(self, x: Operand, w: Operand, out: Tensor) -> Tensor | None:
+        """x w^T in `out`; None where our kernel is not used or does not fit."""
+        if self._own is None or hopper_gemm.unfit(x, w, out) is not None:
+            return None
+        return hopper_gemm.matmul(x, w, out, self._own)
+
     def fprop(
         self, x: BlockCast, weight: Any, bias: Tensor | None = None, add: Tensor | None = None
     ) -> Tensor:
         """x W^T + b (+ `add`), `[M, N]` BF16."""
         if self._direct and x.rows is not None and (bias is None or bias.dtype is torch.bfloat16):
             w = Operand(weight._rowwise_data, weight._rowwise_scale_inv)
-            made = self._ours(w, x.rows, True, _empty(x.rows, w), bias=bias, add=add)
+            out, made = _empty(x.rows, w), None
+            if bias is None and add is None:
+                made = self._by_own_kernel(x.rows, w, out)
+            if made is None:
+                made = self._ours(w, x.rows, True, out, bias=bias, add=add)
             if made is not None:
                 return made
         y: Tensor = self._gemm(
@@ -156,7 +179,10 @@ class TEGemm:
         weight.update_usage(columnwise_usage=True)
         if self._direct and dy.rows is not None:
             w = Operand(weight._columnwise_data, weight._columnwise_scale_inv)
-            made = self._ours(w, dy.rows, True, _empty(dy.rows, w))
+            out = _empty(dy.rows, w)
+            made = self._by_own_kernel(dy.rows, w, out)
+            if made is None:
+                made = self._ours(w, dy.rows, True, out)
             if made is not None:
                 return made
         dx: Tensor = self._gemm(

@@ -8,8 +8,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from megatron_fp8_ext.kernels import cublaslt  # noqa: E402
-from megatron_fp8_ext.kernels.cast import cast_1x128, cast_128x128  # noqa: E402
+from megatron_fp8_ext.kernels import cublaslt, hopper_gemm  # noqa: E402
+from megatron_fp8_ext.kernels.cast import (  # noqa: E402
+    BlockCast,
+    Operand,
+    cast_1x128,
+    cast_128x128,
+)
 from megatron_fp8_ext.megatron_plugin import te_gemm  # noqa: E402
 
 
@@ -57,3 +62,54 @@ def test_a_refused_product_is_te_s(monkeypatch):
     with pytest.warns(UserWarning, match="TransformerEngine makes the FP8 products: .*supported"):
         assert gemm.fprop(x, weight) is te_s
     assert gemm.wgrad(x, x, None, False) is te_s and len(asked) == 1
+
+
+def test_our_own_kernel_is_asked_for(monkeypatch):
+    """It makes x W^T and dy W where it fits; sums with more terms, and weight gradients, are cuBLASLt's."""
+    made = []
+    te = SimpleNamespace(is_known=False, gemm=None)
+    monkeypatch.setattr(te_gemm, "_te", lambda: te)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cublaslt, "reason", lambda device: None)
+
+    def product(name):
+        def make(a, b, *args, **kwargs):
+            out = next(a for a in args if isinstance(a, torch.Tensor))
+            made.append((name, tuple(out.shape)))
+            return out
+
+        return make
+
+    monkeypatch.setattr(cublaslt, "matmul", product("cuBLASLt"))
+    monkeypatch.setattr(hopper_gemm, "matmul", product("own"))
+    x = cast_1x128(torch.ones(128, 384, dtype=torch.bfloat16), "power_of_two")
+    dy = cast_1x128(torch.ones(128, 256, dtype=torch.bfloat16), "power_of_two")
+    w = cast_128x128(torch.ones(256, 384, dtype=torch.bfloat16), "power_of_two")
+    weight = SimpleNamespace(
+        _rowwise_data=w.rows.codes,
+        _rowwise_scale_inv=w.rows.scale_inv,
+        _columnwise_data=w.columns.codes,
+        _columnwise_scale_inv=w.columns.scale_inv,
+        update_usage=lambda **usage: None,
+    )
+    bias = torch.zeros(256, dtype=torch.bfloat16)
+
+    def all_products(gemm):
+        made.clear()
+        gemm.fprop(x, weight)
+        gemm.dgrad(dy, weight)
+        gemm.fprop(x, weight, bias)
+        gemm.fprop(x, weight, add=torch.zeros(128, 256, dtype=torch.bfloat16))
+        gemm.wgrad(x, dy, None, False)
+        return [name for name, _ in made], [shape for _, shape in made]
+
+    shapes = [(128, 256), (128, 384), (128, 256), (128, 256), (256, 384)]
+    assert all_products(te_gemm.TEGemm()) == (["cuBLASLt"] * 5, shapes)
+    monkeypatch.setenv(cublaslt.VARIABLE, "own")
+    monkeypatch.setattr(hopper_gemm, "reason", lambda device: None)
+    assert all_products(te_gemm.TEGemm()) == (["own"] * 2 + ["cuBLASLt"] * 3, shapes)
+    part = BlockCast(Operand(x.rows.codes[:64], x.rows.scale_inv), None)
+    assert te_gemm.TEGemm().fprop(part, weight).shape == (64, 256) and made[-1][0] == "cuBLASLt"
+    monkeypatch.setattr(hopper_gemm, "reason", lambda device: "not a Hopper GPU")
+    with pytest.warns(UserWarning, match="cuBLASLt makes the FP8 products: not a Hopper GPU"):
+        assert all_products(te_gemm.TEGemm())[0] == ["cuBLASLt"] * 5

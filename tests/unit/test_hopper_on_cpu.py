@@ -31,7 +31,7 @@ def on_cpu(monkeypatch):
     for cached in caches:
         cached.cache_clear()
     monkeypatch.setattr(hopper, "_kernel", kernel)
-    monkeypatch.setattr(hopper, "_launch", lambda found, device, *rest: found(*rest))
+    monkeypatch.setattr(hopper, "launch", lambda found, device, *rest: found(*rest))
     monkeypatch.setattr(hopper, "takes", takes)
     monkeypatch.setattr(hopper, "takes_norm", lambda x, gain: takes(x, x.shape[1]))
     monkeypatch.setattr(hopper, "reason", lambda device: None)

@@ -1,0 +1,268 @@
+"""The block-scaled GEMM's source on the CPU: right results, no race, and mutations of it are found."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import cuda_on_cpu
+import pytest
+from kernel_cases import DEVICE, torch
+
+import hopper_gemm_on_cpu as on_cpu  # isort: skip
+from megatron_fp8_ext.fused.gemm import ReferenceGemm
+from megatron_fp8_ext.kernels import hopper, hopper_gemm, nvrtc
+from megatron_fp8_ext.kernels.cast import BlockCast, Operand, cast_1x128, cast_128x128
+
+pytestmark = [
+    pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="needs g++"),
+    pytest.mark.skipif(DEVICE != "cpu", reason="tests/gpu/test_hopper_gemm.py runs it on the GPU"),
+]
+TILINGS = hopper_gemm.TILINGS
+ALONE, BELOW = TILINGS["128x128, alone"], TILINGS["128x128, two below"]
+
+
+@pytest.fixture(autouse=True)
+def on_this_cpu(monkeypatch):
+    """Maps and launches that the CPU understands; two pairs of processors."""
+    monkeypatch.setattr(hopper_gemm, "encode", on_cpu.encode)
+    monkeypatch.setattr(hopper, "launch", lambda found, device, *rest: found(*rest))
+    monkeypatch.setattr(hopper_gemm, "_processors", lambda device: 4)
+    hopper_gemm._arguments.cache_clear()
+    yield
+    hopper_gemm._arguments.cache_clear()
+
+
+def use(monkeypatch, seed=0, change=lambda text: text):
+    """`matmul` runs here, with its copies and threads in this order."""
+    monkeypatch.setattr(
+        hopper_gemm, "_kernel", lambda device, tiling: on_cpu.Kernel(tiling, seed, change)
+    )
+
+
+@functools.cache
+def case(m, n, k, dtype="power_of_two"):
+    """Casts of random operands whose blocks have different scales, and the product in FP32."""
+    generator = torch.Generator().manual_seed(m + n + k)
+
+    def random(rows):
+        blocks = torch.randn((rows, k // 128), generator=generator).mul(2).exp()
+        spread = blocks.repeat_interleave(128, dim=1)
+        return (torch.randn((rows, k), generator=generator) * spread).bfloat16()
+
+    x, w = cast_1x128(random(m), dtype, columns=False), cast_128x128(random(n), dtype)
+    return x, w, ReferenceGemm().fprop(x, w)
+
+
+def product(x: BlockCast, w: Operand, tiling):
+    out = torch.full((x.rows.codes.shape[0], w.codes.shape[0]), float("nan")).bfloat16()
+    assert hopper_gemm.unfit(x.rows, w, out) is None
+    return hopper_gemm.matmul(x.rows, w, out, tiling)
+
+
+def agrees(got, want):
+    """But for BF16's last step, where the order of the sums shows."""
+    want = want.float()
+    size = want.abs().mean()
+    return bool(((got.float() - want).abs() <= 2.0**-7 * want.abs() + 2.0**-16 * size).all())
+
+
+@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (
+            128,
+            128,
+            128,
+        ),  # one tile, one block of K; a part of a 256-row tile, a cluster's idle half
+        (256, 256, 256),
+        (384, 384, 384),  # odd numbers of tiles
+        (640, 128, 1024),  # more blocks of K than stages, several tiles a block
+        (128, 1152, 896),
+    ],
+)
+def test_shapes(name, m, n, k, monkeypatch):
+    use(monkeypatch, seed=m + n + k)
+    x, w, want = case(m, n, k)
+    assert agrees(product(x, w.rows, TILINGS[name]), want)
+
+
+def test_groups_of_rows(monkeypatch):
+    """More tiles along M than a group has: every tile is made once."""
+    use(monkeypatch)
+    for m in (1024, 1408):
+        x, w, want = case(m, 384, 128)
+        for tiling in (ALONE, BELOW):
+            assert agrees(product(x, w.rows, tiling), want)
+
+
+def test_the_transposed_weight(monkeypatch):
+    """As dgrad has it, with scales that are not powers of two."""
+    use(monkeypatch)
+    dy = case(256, 128, 384, "float32")[0]
+    w = case(128, 384, 256, "float32")[1]
+    got = product(dy, w.columns, hopper_gemm.TILING)
+    assert agrees(got, ReferenceGemm().dgrad(dy, w))
+
+
+def test_the_order_of_events_does_not_show(monkeypatch):
+    x, w, _ = case(384, 384, 384)
+    results = []
+    for seed in range(4):
+        use(monkeypatch, seed)
+        results += [product(x, w.rows, tiling) for tiling in (hopper_gemm.TILING, BELOW)]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_self_check(monkeypatch):
+    use(monkeypatch)
+    assert hopper_gemm.failure(torch.device("cpu")) is None
+    use(monkeypatch, change=lambda text: text.replace("upper[wave], sum", "lower[wave], sum"))
+    assert "wrong on this machine" in hopper_gemm.failure(torch.device("cpu"))
+
+
+# What is changed, and what shows it: a message of the machine's, or a wrong result.
+MUTATIONS = {
+    "no wait for an empty stage": (
+        "      barrier_wait(shared + EMPTY_AT + stage.index * 8, stage.parity ^ 1);\n",
+        "",
+        "went over|more arrivals|wait for each other|nobody waited",
+    ),
+    "no wait for a full stage": (
+        "      barrier_wait(shared + FULL_AT + stage.index * 8, stage.parity);\n",
+        "",
+        "wrong|nobody waited|went over|never read",
+    ),
+    "the wrong parity": ("stage.parity ^ 1);", "stage.parity);", "wait for each other"),
+    "the wrong row's scale": ("load_shared(scales + 32)", "load_shared(scales + 16)", "wrong"),
+    "the wrong block's scale": ("w_scale = later;", "w_scale *= 1.0f;", "wrong"),
+    "the next tile's scale": (": next.w_scales(a))", ": of_tile)", "wrong"),
+    "no swizzle of the products": (" | (u64)1 << 62", "", "wrong|nobody has read"),
+    "no swizzle of the result": (" ^ (row % 8)", "", "wrong|two threads wrote"),
+    "the wrong rows apart": ("(1024 >> 4) << 32", "(512 >> 4) << 32", "wrong|nobody has read"),
+    "the wrong step along K": ("x + i * 2, w + i * 2", "x + i, w + i", "wrong|multiple"),
+    "sums not begun anew": ("i > 0);", "true);", "is not emulated"),
+    "no wait for the products": ("        mma_wait();\n", "", "wrong|emulated|a product reads"),
+    "released too early": (
+        "        mma_commit();\n",
+        "        mma_commit();\n        if (wave == WAVES - 1) release(shared, stage, lane);\n",
+        "went over|more arrivals|nobody waited|wait for each other",
+    ),
+    "no wgmma.fence": ("        mma_begin();\n", "", "wgmma.fence"),
+    "too few bytes": ("X_BYTES + W_BYTES + SCALE_BYTES);", "X_BYTES + W_BYTES);", "."),
+    "no fence for the store": ("    copy_fence();\n", "", "had no fence"),
+    "no wait for the store": ("    if (thread == 0) wait_stores_read();\n", "", "still to read"),
+    "ended before the store": ("  if (thread == 0) wait_stores();\n", "", "before its stores"),
+    "no fence for the barriers": ("    barrier_init_fence();\n", "", "had no fence"),
+    "no barrier before the store": (
+        "    copy_fence();\n    sync_threads(1 + group, 128);\n",
+        "    copy_fence();\n",
+        "wrong|had no fence|still to read",
+    ),
+    "too many registers": ("<MULTIPLIER_REGISTERS>", "<MULTIPLIER_REGISTERS + 16>", "each other"),
+}
+OF_CLUSTERS = {
+    "arrived at one's own block alone": (
+        "barrier_arrive_at(empty, lane)",
+        "barrier_arrive_at(empty, cluster_rank())",
+        "more arrivals|went over|nobody waited",
+    ),
+    "half of the arrivals": (
+        "CLUSTER * MULTIPLIERS * 4",
+        "MULTIPLIERS * 4",
+        "more arrivals|went over|nobody waited",
+    ),
+    "ended before the other block": (
+        "  sync_all();  // nothing",
+        "  //",
+        "has ended|wait for each other",
+    ),
+    "the other block's half": ("row + rank * (COUNT / 2)", "row", "wrong"),
+    "halves in one place": ("to + rank * (COUNT / 2 * BLOCK_K)", "to", "."),
+}
+
+
+def found(monkeypatch, tiling, before, after, message, seeds=6):
+    """Whether one of some orders of events shows the mutation, as `message` says."""
+
+    def change(text):
+        assert before in text, "the mutation is of code that is not there"
+        return text.replace(before, after)
+
+    x, w, want = case(384, 384, 1024)
+    for seed in range(seeds):
+        use(monkeypatch, seed, change)
+        try:
+            said = "" if agrees(product(x, w.rows, tiling), want) else "wrong"
+        except on_cpu.Failure as error:
+            said = str(error)
+        if said:
+            return re.search(message, said) or pytest.fail(f"found, but for another reason: {said}")
+    return False
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutations(name, monkeypatch):
+    assert found(monkeypatch, ALONE, *MUTATIONS[name])
+
+
+@pytest.mark.parametrize("name", OF_CLUSTERS)
+def test_mutations_of_clusters(name, monkeypatch):
+    assert found(monkeypatch, hopper_gemm.TILING, *OF_CLUSTERS[name])
+
+
+def test_what_does_not_fit():
+    x, w, _ = case(256, 256, 256)
+    out = torch.empty(256, 256, dtype=torch.bfloat16)
+    assert hopper_gemm.unfit(x.rows, w.rows, out) is None
+    assert "multiples of 128" in hopper_gemm.unfit(
+        Operand(x.rows.codes[:200], x.rows.scale_inv), w.rows, out[:200]
+    )
+    assert "float32" in hopper_gemm.unfit(x.rows, w.rows, out.float())
+    assert "contiguous" in hopper_gemm.unfit(x.rows, w.rows, out.t())
+    shifted = torch.empty(256 * 256 + 4, dtype=torch.bfloat16)[4:].view(256, 256)
+    assert "multiple of 16" in hopper_gemm.unfit(x.rows, w.rows, shifted)
+
+
+@pytest.mark.parametrize("name", TILINGS)
+def test_it_compiles_for_hopper(name, tmp_path):
+    """NVRTC, as at run time; the machine code has the instructions, each as often as it should."""
+    try:
+        nvrtc._nvrtc()
+    except nvrtc.CudaError as error:
+        pytest.skip(str(error))
+    tiling, cubin = TILINGS[name], tmp_path / "kernel.cubin"
+    cubin.write_bytes(hopper_gemm.compile_kernel(tiling))
+    assert ctypes.sizeof(hopper_gemm._Arguments) == 576
+    found = importlib.util.find_spec("triton")
+    disassembler = Path(found.origin).parent / "backends/nvidia/bin/cuobjdump"
+    if not disassembler.exists():
+        pytest.skip("this Triton comes without cuobjdump")
+
+    def dump(flag):
+        done = subprocess.run([disassembler, flag, cubin], capture_output=True, text=True)
+        return done.stdout
+
+    assert "STACK:0" in dump("--dump-resource-usage"), "accumulators went to memory"
+    code = dump("-sass")
+    shared = tiling.cluster > 1
+    for instruction, count in (
+        ("QGMMA.64x128x32.F32.E4M3.E4M3", 4 * tiling.tile_m // 128),
+        ("WARPGROUP.DEPBAR", tiling.tile_m // 128),  # more of them: products wait for each other
+        ("UTMALDG.2D", 3),
+        ("UTMALDG.2D.MULTICAST", int(shared)),
+        ("UTMASTG.2D", 2),
+        ("STSM.16.M88.4", 8 * tiling.tile_m // 128),
+        ("USETMAXREG", 2),
+        ("SYNCS.ARRIVE.TRANS64", 2),
+        ("UCGABAR_WAIT", 2 * shared),
+    ):
+        assert code.count(instruction) == count, instruction
+    # A fence of the whole GPU belongs to the start and the end of a cluster, not to each block of K.
+    start, end = code.index("USETMAXREG"), code.rindex("UTMALDG")
+    assert "MEMBAR.ALL.GPU" not in code[start:end]
