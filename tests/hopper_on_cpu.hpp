@@ -243,9 +243,9 @@ inline void copy_from(const Copy &copy) {
   for (u32 r = 0; r < map.box_rows; r++)
     for (u32 c = 0; c < width; c++) {
       const long row = (long)copy.row + r, byte = (long)copy.column * map.element + c;
-      const u32 from = copy.shared + r * width + c;
+      const u32 place = copy.shared + r * width + c, from = (map.swizzle ? swizzled(place) : place) - WINDOW;
       if (row >= 0 && row < map.rows && byte >= 0 && byte < (long)map.columns * map.element)
-        ((u8 *)map.address)[row * map.stride + byte] = shared_bytes[copy.block][(map.swizzle ? swizzled(from) : from) - WINDOW];
+        ((u8 *)map.address)[row * map.stride + byte] = shared_bytes[copy.block][from];
     }
   if (committed[copy.thread]) committed[copy.thread]--;
   else uncommitted[copy.thread]--;

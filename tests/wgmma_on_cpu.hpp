@@ -19,7 +19,8 @@ inline int column_of(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + (i
 
 // Where byte k of row r lies, of a K-major matrix: 8x16 bytes, or rows of 128 in a swizzle that repeats every 1024.
 inline u32 element_at(u64 matrix, int r, int k) {
-  const u32 start = (matrix & 0x3FFF) << 4, leading = (matrix >> 16 & 0x3FFF) << 4, stride = (matrix >> 32 & 0x3FFF) << 4;
+  const u32 start = (matrix & 0x3FFF) << 4, stride = (matrix >> 32 & 0x3FFF) << 4;
+  const u32 leading = (matrix >> 16 & 0x3FFF) << 4;
   if (matrix >> 62 == 0) return start + r / 8 * stride + r % 8 * 16 + k / 16 * leading + k % 16;
   return swizzled(start + r / 8 * stride + r % 8 * 128 + k);
 }
@@ -27,7 +28,7 @@ inline void check_matrix(u64 matrix) {
   const u32 start = (matrix & 0x3FFF) << 4, mode = matrix >> 62;
   if (mode > 1) fail("swizzle mode %u is not emulated", mode);
   if (matrix >> 49 & 7) fail("base offset is not emulated");
-  if (mode == 1 && (start & ~127u) % 1024) fail("the swizzle's pattern does not start at a multiple of 1024: %u", start);
+  if (mode == 1 && (start & ~127u) % 1024) fail("the swizzle's pattern starts at no multiple of 1024: %u", start);
 }
 __attribute__((optimize("O3"))) inline void compute(int group, const Product &product) {
   Warpgroup &all = warpgroups[group];
@@ -91,12 +92,14 @@ inline void mma_wait() {
 }
 // The descriptors' ranges of products that a warp may still wait for.
 bool multiplied(int block, u32 first, u32 bytes) {
-  for (int group = block * block_threads / 128; group < (block + 1) * block_threads / 128; group++)
-    for (size_t i = warpgroups[group].products.size(); i-- > 0 && !warpgroups[group].products[i].done;)
-      for (const auto &[matrix, rows] : {std::pair{warpgroups[group].products[i].a, 64}, {warpgroups[group].products[i].b, 128}}) {
+  for (int group = block * block_threads / 128; group < (block + 1) * block_threads / 128; group++) {
+    const std::vector<Product> &products = warpgroups[group].products;
+    for (size_t i = products.size(); i-- > 0 && !products[i].done;)
+      for (const auto &[matrix, rows] : {std::pair{products[i].a, 64}, {products[i].b, 128}}) {
         const u32 start = ((matrix & 0x3FFF) << 4 & ~127u) - WINDOW;
         if (start < first + bytes && first < start + rows * 128) return true;
       }
+  }
   return false;
 }
 

@@ -1,5 +1,6 @@
 // Hopper's asynchronous copies, barriers and matrix products, an instruction a function: PTX and nothing else, so that
-// a build for the CPU can put other functions in their place (tests/hopper_on_cpu.hpp, wgmma_on_cpu.hpp). After hopper.cuh.
+// a build for the CPU can put other functions in their place (tests/hopper_on_cpu.hpp, wgmma_on_cpu.hpp). After
+// hopper.cuh.
 //
 // Addresses of shared memory are those of its 32-bit window. Names of PTX ISA 9.0 stand beside each function.
 
@@ -103,7 +104,8 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
 
 __device__ __forceinline__ void load_box(const TensorMap *map, u32 barrier, u32 to, int column, int row) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }

@@ -1,15 +1,16 @@
 // D = X W^T: X [M, K] E4M3 with scales of 1x128, W [N, K] E4M3 with scales of 128x128, D [M, N] BF16. For Hopper,
 // compiled at run time. NOT RUN ON A GPU YET: run on the CPU by tests/unit/test_hopper_gemm_on_cpu.py.
 //
-// One block a multiprocessor, which takes tile after tile. Of its three warpgroups the last one loads: one thread issues
-// the copies of a block of K (a stage) as soon as the stage before it in that place is used up. The other two multiply:
-// each has half of the tile's rows, 64 at a time. The tensor cores sum 128 of K, then FP32 registers take the sum times
-// the two scales. While one warpgroup does that the other has the tensor cores; they wait for each other nowhere, so one
-// can write its result while the other multiplies. A cluster is two blocks with neighbouring tiles; the operand that
-// both need is loaded in halves, each for both.
+// One block a multiprocessor, which takes tile after tile. Of its three warpgroups the last one loads: one thread
+// issues the copies of a block of K (a stage) as soon as the one before it in that place is used up. The other two
+// multiply: each has half of the tile's rows, 64 at a time. The tensor cores sum 128 of K, then FP32 registers take
+// the sum times the two scales. While one warpgroup does that the other has the tensor cores. They wait for each other
+// nowhere, so one can write its result while the other multiplies. A cluster is two blocks with neighbouring tiles;
+// the operand that both need is loaded in halves, each for both.
 //
-// After hopper.cuh and hopper_async.cuh. Macros from hopper_gemm.py: TILE_M (128 or 256), CLUSTER_M (2: blocks below each
-// other, same rows of W), CLUSTER_N (2: beside each other, same rows of X), STAGES, LOADER_REGISTERS, MULTIPLIER_REGISTERS.
+// After hopper.cuh and hopper_async.cuh. Macros from hopper_gemm.py: TILE_M (128 or 256), CLUSTER_M (2: blocks below
+// each other, same rows of W), CLUSTER_N (2: beside each other, same rows of X), STAGES, LOADER_REGISTERS,
+// MULTIPLIER_REGISTERS.
 
 #define CLUSTER (CLUSTER_M * CLUSTER_N)
 static_assert(CLUSTER <= 2 && (TILE_M == 128 || TILE_M == 256), "what the code below is written for");
@@ -76,16 +77,17 @@ __device__ __forceinline__ void load_tiles(const Arguments &a, u32 shared, u32 r
   for (Tile tile(a, blockIdx.x / CLUSTER, rank); tile.exists; tile = tile.next(a, rank))
     for (int k = 0; k < a.blocks; k++, stage.advance()) {
       const u32 full = shared + FULL_AT + stage.index * 8;
+      const int column = k * BLOCK_K, m = tile.m * TILE_M, n = tile.n * TILE_N;
       barrier_wait(shared + EMPTY_AT + stage.index * 8, stage.parity ^ 1);
       barrier_expect(full, X_BYTES + W_BYTES + SCALE_BYTES);
-      load_rows<CLUSTER_N, TILE_M>(&a.x, full, shared + X_AT + stage.index * X_BYTES, k * BLOCK_K, tile.m * TILE_M, rank);
-      load_rows<CLUSTER_M, TILE_N>(&a.w, full, shared + W_AT + stage.index * W_BYTES, k * BLOCK_K, tile.n * TILE_N, rank);
-      load_box(&a.x_scales, full, shared + SCALES_AT + stage.index * SCALE_BYTES, tile.m * TILE_M, k);
+      load_rows<CLUSTER_N, TILE_M>(&a.x, full, shared + X_AT + stage.index * X_BYTES, column, m, rank);
+      load_rows<CLUSTER_M, TILE_N>(&a.w, full, shared + W_AT + stage.index * W_BYTES, column, n, rank);
+      load_box(&a.x_scales, full, shared + SCALES_AT + stage.index * SCALE_BYTES, m, k);
     }
 }
 
-// The descriptor of a matrix in shared memory whose rows are 128 bytes along K, swizzled by 128 bytes, at a multiple of 1024:
-// bits 0-13 address / 16, 16-29 not used by this layout (1), 32-45 bytes from 8 rows to the next 8 / 16, 62-63 swizzle.
+// The descriptor of a matrix in shared memory whose rows are 128 bytes along K, swizzled, at a multiple of 1024: bits
+// 0-13 address / 16, 16-29 not used by this layout (1), 32-45 bytes from 8 rows to the next 8 / 16, 62-63 the swizzle.
 __device__ __forceinline__ u64 matrix_at(u32 at) {
   return (u64)((at & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
@@ -101,7 +103,7 @@ __device__ __forceinline__ void release(u32 shared, const Stage &stage, u32 lane
   }
 }
 
-// 64 rows of a warpgroup's part of D: BF16 to shared memory, as the copy of 64 columns with a 128-byte swizzle reads it.
+// 64 rows of a warpgroup's part of D: BF16 to shared memory, as copies of 64 columns with a 128-byte swizzle read it.
 __device__ __forceinline__ void store_wave(const float (&sum)[64], u32 rows, u32 warp, u32 lane) {
   const u32 row = warp * 16 + lane % 16;
 #pragma unroll
@@ -137,7 +139,8 @@ __device__ __forceinline__ void multiply_tiles(const Arguments &a, u32 shared, u
       }
 #pragma unroll
       for (int wave = 0; wave < WAVES; wave++) {
-        const u64 x = x_at + (stage.index * X_BYTES + wave * 64 * BLOCK_K) / 16, w = w_at + stage.index * W_BYTES / 16;
+        const u64 x = x_at + (stage.index * X_BYTES + wave * 64 * BLOCK_K) / 16;
+        const u64 w = w_at + stage.index * W_BYTES / 16;
         float part[64];
         pin(part);
         mma_begin();

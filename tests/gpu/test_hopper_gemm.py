@@ -1,6 +1,6 @@
 """Our own block-scaled GEMM on a Hopper GPU: cuBLASLt's bits, in every tiling, and again.
 
-pytest tests/gpu/test_hopper_gemm.py -x -v      the small ones first
+pytest tests/gpu/test_hopper_gemm.py -x -v      the small ones first; after a fault the process is of no use
 """
 
 from __future__ import annotations
@@ -73,16 +73,16 @@ def is_cublaslt_s(x, w, got):
     same_bits(got, cublaslt.matmul(w, x, True, want))
 
 
-def test_it_is_right_at_all():
-    assert hopper_gemm.reason(0) is None
-
-
 @pytest.mark.parametrize("scale_format", ["power_of_two", "float32"])
 @pytest.mark.parametrize("size", SMALL, ids=str)
 @pytest.mark.parametrize("name", reversed(TILINGS))  # the simplest first
 def test_small(name, size, scale_format):
     x, w = operands(*size, scale_format)
     is_cublaslt_s(x, w, ours(x, w, TILINGS[name]))
+
+
+def test_it_is_trusted_here():
+    assert hopper_gemm.reason(0) is None
 
 
 @pytest.mark.parametrize("scale_format", ["power_of_two", "float32"])
