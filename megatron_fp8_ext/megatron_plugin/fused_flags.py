@@ -15,6 +15,8 @@ FLAGS = (ON, OFF, STASH)
 # The way in where no command line reaches (a Ray actor): `off`, `on` or `stash`.
 VARIABLE = "MEGATRON_FP8_EXT_FUSED"
 DEFAULT = "on"
+# Who computes, where that is not to be chosen by itself: `kernels.hopper` and `kernels.cublaslt` read these.
+BACKENDS = {"MEGATRON_FP8_EXT_KERNELS": ("triton",), "MEGATRON_FP8_EXT_GEMM": ("te", "own")}
 HELP = {
     ON: "compute norm-QKV, projection and MLP as fused functions where possible (Hopper)",
     OFF: "compute every layer as TransformerEngine does, without the fused functions",
@@ -57,6 +59,11 @@ def take(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[list[str], Fu
     inherited = environ.get(VARIABLE, DEFAULT)
     if inherited not in ("off", "on", "stash"):
         raise UserError(f"{VARIABLE}={inherited} in the environment: give it off, on or stash")
+    for variable, values in BACKENDS.items():
+        chosen = environ.get(variable)
+        if chosen and chosen not in values:
+            known = " or ".join(values)
+            raise UserError(f"{variable}={chosen} in the environment: give it {known}, or unset it")
     out = list(argv)
     for flag in FLAGS:
         out = arguments.without(out, flag, takes_value=False)

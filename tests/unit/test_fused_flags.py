@@ -69,3 +69,26 @@ def test_a_wrong_variable():
     facts = flags.Facts(options=frozenset(), environ={fused_flags.VARIABLE: "yes"})
     with pytest.raises(UserError, match="give it off, on or stash"):
         flags.expand(BASE, facts)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "known"),
+    [
+        ("MEGATRON_FP8_EXT_GEMM", "cublas", "te or own"),
+        ("MEGATRON_FP8_EXT_KERNELS", "cuda", "triton"),
+    ],
+)
+def test_an_unknown_backend_is_refused(variable, value, known):
+    facts = flags.Facts(options=frozenset(), environ={variable: value})
+    with pytest.raises(UserError, match=f"{variable}={value} .*give it {known}, or unset it"):
+        flags.expand([*BASE], facts)
+    for right in fused_flags.BACKENDS[variable]:
+        facts = flags.Facts(options=frozenset(), environ={variable: right})
+        assert flags.expand([*BASE], facts).fused.on
+
+
+def test_the_kernels_read_these_variables():
+    pytest.importorskip("triton")
+    from megatron_fp8_ext.kernels import cublaslt, hopper
+
+    assert set(fused_flags.BACKENDS) == {hopper.VARIABLE, cublaslt.VARIABLE}
