@@ -128,15 +128,15 @@ class _NormLinear(torch.autograd.Function):
     ) -> Tensor:
         matrix = flat(x)
         y, rstd = _norm_linear(matrix, gain, eps, linear, bias, setup)
-        ctx.save_for_backward(matrix, rstd)
-        ctx.linear, ctx.setup, ctx.shape, ctx.gain, ctx.bias = linear, setup, x.shape, gain, bias
+        ctx.save_for_backward(matrix, gain, rstd)
+        ctx.linear, ctx.setup, ctx.shape, ctx.bias = linear, setup, x.shape, bias
         ctx.branch = branch
         # Under sequence parallelism the first dimension grows to that of all tokens.
         return y.view(-1, *x.shape[1:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, rstd = ctx.saved_tensors
+        x, gain, rstd = ctx.saved_tensors
         setup: Setup = ctx.setup
         past = None if ctx.branch is None else ctx.branch.take()
         dy, db = flat(grad), None
@@ -148,7 +148,7 @@ class _NormLinear(torch.autograd.Function):
             dy_cast = cast_1x128(dy, setup.scale_format)
         del dy, grad
         dx, dgain, dw = norm_column_backward(
-            x, ctx.gain, rstd, dy_cast, ctx.linear, setup, ctx.needs_input_grad[2], past
+            x, gain, rstd, dy_cast, ctx.linear, setup, ctx.needs_input_grad[2], past
         )
         return dx.view(ctx.shape), dgain, dw, db, None, None, None, None
 

@@ -86,13 +86,13 @@ class _MLP(torch.autograd.Function):
     ) -> Tensor:
         matrix = flat(x)
         y, rstd, kept = _forward(matrix, gain, block, keep=True, add=add)
-        ctx.save_for_backward(matrix, rstd, *kept)
-        ctx.block, ctx.shape, ctx.branch, ctx.add, ctx.gain = block, x.shape, branch, add, gain
+        ctx.save_for_backward(matrix, gain, rstd, *kept)
+        ctx.block, ctx.shape, ctx.branch, ctx.add = block, x.shape, branch, add
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, rstd, *kept = ctx.saved_tensors
+        x, gain, rstd, *kept = ctx.saved_tensors
         block: Block = ctx.block
         setup = block.setup
         want1, want2 = ctx.needs_input_grad[2:4]
@@ -112,5 +112,5 @@ class _MLP(torch.autograd.Function):
             dw2 = block.fc2.gradient(setup.gemm, inner.y, dy)
         da = inner.cast
         del dy, inner
-        dx, dgain, dw1 = norm_column_backward(x, ctx.gain, rstd, da, block.fc1, setup, want1, past)
+        dx, dgain, dw1 = norm_column_backward(x, gain, rstd, da, block.fc1, setup, want1, past)
         return dx.view(ctx.shape), dgain, dw1, dw2, None, None, None

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_fp8_ext.fp8.reference import BLOCK, Quantized
-from megatron_fp8_ext.kernels import hopper
+from megatron_fp8_ext.kernels import hopper, main_grad
 from megatron_fp8_ext.recipe import ScaleFormat
 
 _E4M3_MAX = tl.constexpr(448.0)
@@ -307,9 +307,7 @@ def cast_1x128_and_sum(
     """
     if x.dim() != 2 or not hopper.takes(x, *x.shape):
         total = x.sum(dim=0, dtype=torch.float32)
-        return cast_1x128(x, scale_format), total.to(dtype) if add_to is None else add_to.add_(
-            total
-        )
+        return cast_1x128(x, scale_format), main_grad.put(total, dtype, add_to)
     m, k = check_matrix(x, "the tensor to cast")
     out = allocate(m, k, x.device, (True, True))
     totals = torch.empty((m // BLOCK, k), dtype=torch.float32, device=x.device)

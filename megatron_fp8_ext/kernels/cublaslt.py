@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_fp8_ext.kernels import support
 from megatron_fp8_ext.kernels.cast import Operand
 
 VARIABLE = "MEGATRON_FP8_EXT_GEMM"
@@ -92,6 +93,9 @@ def _library() -> Any:
         *[pointer] * 7, ctypes.c_int, pointer, pointer,
     ]  # fmt: skip
     library.cublasLtMatmulPreferenceSetAttribute.argtypes = [pointer, ctypes.c_int, pointer, size]
+    library.cublasLtMatmulAlgoConfigGetAttribute.argtypes = [
+        pointer, ctypes.c_int, pointer, size, pointer,
+    ]  # fmt: skip
     return library
 
 
@@ -216,10 +220,9 @@ class _Plan:
 def tile(algorithm: _Algorithm) -> int:
     """Return the `cublasLtMatmulTile_t` of an offer; 0 where cuBLASLt does not tell."""
     found = ctypes.c_uint32()
-    read = _library().cublasLtMatmulAlgoConfigGetAttribute
-    read.argtypes = [ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * 3]
-    by = ctypes.byref
-    code = read(by(algorithm), _CONFIG_TILE, by(found), 4, by(ctypes.c_size_t()))
+    code = _library().cublasLtMatmulAlgoConfigGetAttribute(
+        ctypes.byref(algorithm), _CONFIG_TILE, ctypes.byref(found), 4, None
+    )
     return 0 if code else found.value
 
 
@@ -242,7 +245,7 @@ def reason(device: int) -> str | None:
     """Say why cuBLASLt is not called here, in a clause; None if it is."""
     if os.environ.get(VARIABLE) == "te":
         return f"{VARIABLE}=te"
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
+    if not support.is_hopper(device):
         return "not a Hopper GPU"
     try:
         _plan(Problem(128, 128, 128, True, torch.bfloat16, False, False, (256, 256, 256)), device)

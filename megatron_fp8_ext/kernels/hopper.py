@@ -92,7 +92,7 @@ def _reason(device: int) -> str | None:
         return f"{VARIABLE}=triton"
     if support.interpreted():
         return "Triton interprets its kernels"
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
+    if not support.is_hopper(device):
         return "not a Hopper GPU"
     from megatron_fp8_ext.kernels import self_check
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp8_ext.fp8.reference import BLOCK
-from megatron_fp8_ext.kernels import cast, cublaslt, hopper, nvrtc
+from megatron_fp8_ext.kernels import cast, cublaslt, hopper, nvrtc, self_check, support
 from megatron_fp8_ext.kernels.cast import Operand
 
 FILE, ENTRY = "hopper_gemm.cu", "block_scaled_gemm"
@@ -194,11 +194,6 @@ def _kernel(device: int, tiling: Tiling) -> Any:
         return nvrtc.Kernel(compile_kernel(tiling), ENTRY, tiling.shared())
 
 
-@functools.cache
-def _processors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def matmul(x: Operand, w: Operand, out: Tensor, tiling: Tiling = TILING) -> Tensor:
     """Write x w^T into `out` and return it; `unfit` has been asked.
 
@@ -220,7 +215,7 @@ def matmul(x: Operand, w: Operand, out: Tensor, tiling: Tiling = TILING) -> Tens
         tiling,
     )
     device = out.device.index
-    clusters = min(made.tiles_m * made.tiles_n, _processors(device) // tiling.cluster)
+    clusters = min(made.tiles_m * made.tiles_n, support.processors(out.device) // tiling.cluster)
     found = _kernel(device, tiling)
     hopper.launch(found, device, (clusters * tiling.cluster, 1), THREADS, made)
     return out
@@ -234,7 +229,7 @@ def asked_for() -> bool:
 @functools.cache
 def reason(device: int) -> str | None:
     """Say why the kernel is not for this GPU, in a clause; None if it runs and is right."""
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
+    if not support.is_hopper(device):
         return "not a Hopper GPU"
     try:
         return failure(torch.device("cuda", device))
@@ -254,7 +249,4 @@ def failure(device: torch.device) -> str | None:
     assert x.rows is not None and w.rows is not None
     got = matmul(x.rows, w.rows, torch.empty(384, 640, dtype=torch.bfloat16, device=device))
     want = x.quantized().dequantize().double() @ w.quantized().dequantize().double().t()
-    # BF16 leaves 50 dB; a wrong row or scale less than 10.
-    noise = (got.double() - want).square().sum() * 1e4
-    right = bool(noise <= want.square().sum())
-    return None if right else "the product is wrong on this machine, found before it was used"
+    return self_check.verdict("the product", got, want, self_check.BF16)

@@ -21,6 +21,11 @@ def of_vector(parameter: Tensor) -> Tensor | None:
     return of(parameter)
 
 
+def put(total: Tensor, dtype: torch.dtype, buffer: Tensor | None) -> Tensor:
+    """Add `total` to `buffer` and return that; without one return it in `dtype`."""
+    return total.to(dtype) if buffer is None else buffer.add_(total)
+
+
 def dummy(weight: Tensor) -> Tensor:
     """Tell Megatron that `main_grad` has the gradient, and return what its hooks want to see.
 

@@ -9,7 +9,6 @@ as late as the backward, which reads x anyway: then no copy of y is kept for wgr
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_fp8_ext.fp8.reference import BLOCK
-from megatron_fp8_ext.kernels import cast, hopper
+from megatron_fp8_ext.kernels import cast, hopper, main_grad, support
 from megatron_fp8_ext.kernels.cast import (
     ONE_WAY_WARPS,
     TILE,
@@ -284,11 +283,11 @@ def rmsnorm_backward_cast(
     dx = torch.empty((m, h), dtype=torch.bfloat16, device=x.device)
     if not rows and not columns and hopper.takes_norm(x, weight):
         # As many programs as its registers leave room for on the GPU.
-        room = _processors(x.device) * max(1, 1024 // hopper.norm_threads(h))
+        room = support.processors(x.device) * max(1, 1024 // hopper.norm_threads(h))
         parts = hopper.norm_backward(dy, x, weight, rstd, dx, min(m, room), residual)
         return NormGradients(dx, hopper.sum_of_parts(parts, dtype, add_to), out)
     warps = max(1, min(16, width // 256))
-    programs = max(1, min(m, _processors(x.device) * (_BACKWARD_WARPS_PER_SM // warps)))
+    programs = max(1, min(m, support.processors(x.device) * (_BACKWARD_WARPS_PER_SM // warps)))
     dweight = torch.empty((programs, h), dtype=torch.float32, device=x.device)
     codes, scales, _, _, stride, _ = cast.pointers(out, x)
     _backward_kernel[(programs,)](
@@ -304,12 +303,4 @@ def rmsnorm_backward_cast(
     if columns:
         late = cast.cast_1x128(dx, scale_format, rows=False)
         out = out._replace(columns=late.columns)
-    total = dweight.sum(dim=0)
-    return NormGradients(dx, total.to(dtype) if add_to is None else add_to.add_(total), out)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return NormGradients(dx, main_grad.put(dweight.sum(dim=0), dtype, add_to), out)

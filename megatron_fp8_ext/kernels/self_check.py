@@ -23,10 +23,17 @@ def failure(device: torch.device) -> str | None:
     """Name the first kernel whose result is wrong on `device`, in a clause; None if none is."""
     with torch.no_grad():
         for name, got, want, floor in results(device):
-            noise = (got.double() - want.double()).square().sum()
-            if not bool(noise * 10 ** (floor / 10) <= want.double().square().sum()):
-                return f"{name} is wrong on this machine, found before it was used"
+            if wrong := verdict(name, got, want, floor):
+                return wrong
     return None
+
+
+def verdict(name: str, got: Tensor, want: Tensor, floor: float) -> str | None:
+    """Say that the kernel `name` is wrong, in a clause, if its signal over noise is below `floor` dB."""
+    noise = (got.double() - want.double()).square().sum()
+    if bool(noise * 10 ** (floor / 10) <= want.double().square().sum()):
+        return None
+    return f"{name} is wrong on this machine, found before it was used"
 
 
 def results(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -14,6 +15,19 @@ MIN_FP8_CAPABILITY = (8, 9)
 def interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_hopper(device: int) -> bool:
+    """Whether CUDA code for sm_90a runs on this device."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU; 1 for a CPU."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def gap(device: torch.device, fp8: bool = True) -> str | None:

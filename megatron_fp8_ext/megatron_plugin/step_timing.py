@@ -15,13 +15,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from megatron_fp8_ext.files import write_atomically
-from megatron_fp8_ext.megatron_plugin import compat, import_hook, pretrain_gpt, run
+from megatron_fp8_ext.megatron_plugin import arguments, compat, import_hook, pretrain_gpt, run
 
 Interval = tuple[Any, Any]
 
@@ -46,9 +46,11 @@ def _milliseconds(begin: Any, end: Any) -> float:
 class StepTimer:
     """Watches Megatron's loop: `intervals` of the running iteration, `rows` of those that are over."""
 
-    def __init__(self, out: Path, warm_up: int, skip_optimizer: bool, profiled: int) -> None:
+    def __init__(
+        self, out: Path, warm_up: int, skip_optimizer: bool, profiled: int, te_cross_entropy: bool
+    ) -> None:
         self.out, self.warm_up, self.skip_optimizer = out, warm_up, skip_optimizer
-        self.te_cross_entropy = False
+        self.te_cross_entropy = te_cross_entropy
         self.profiled, self.kernels = profiled, list[Any]()
         self.intervals: dict[str, list[Interval]] = {}
         self.rows: list[dict[str, Any]] = []
@@ -252,17 +254,16 @@ def attention_backend(args: Any) -> str:
     return "unfused"
 
 
-def take_te_cross_entropy(argv: list[str]) -> bool:
-    """Whether `argv` asks for TransformerEngine's cross-entropy; it then names Megatron's own instead.
+def take_te_cross_entropy(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Return `argv` with Megatron's own cross-entropy for TransformerEngine's, and whether it asked for that.
 
     Megatron 0.19 refuses it on the command line ("stability"), but has it. Older versions take it, and it
     was part of the BF16 that others compare with.
     """
     flag = "--cross-entropy-fusion-impl"
-    asked = flag in argv and argv[argv.index(flag) + 1] == "te"
-    if asked:
-        argv[argv.index(flag) + 1] = "native"
-    return asked
+    if arguments.value(argv, flag) != "te":
+        return list(argv), False
+    return [*arguments.without(argv, flag, takes_value=True), flag, "native"], True
 
 
 def random_tokens(counts: Any, vp_stage: int | None = None) -> Any:
@@ -293,9 +294,9 @@ def random_tokens(counts: Any, vp_stage: int | None = None) -> Any:
 def main() -> None:
     """Run one side."""
     out, warm_up, optimizer, profiled = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5]
-    sys.argv = [sys.argv[0], *sys.argv[5:]]
-    timer = StepTimer(out, warm_up, optimizer == "skip", int(profiled))
-    timer.te_cross_entropy = take_te_cross_entropy(sys.argv)
+    argv, te_cross_entropy = take_te_cross_entropy(sys.argv[5:])
+    sys.argv = [sys.argv[0], *argv]
+    timer = StepTimer(out, warm_up, optimizer == "skip", int(profiled), te_cross_entropy)
     watch: tuple[tuple[str, Callable[[ModuleType], None]], ...] = (
         ("megatron.training.training", timer.watch_loop),
         ("megatron.core.pipeline_parallel.schedules", timer.watch_backward),

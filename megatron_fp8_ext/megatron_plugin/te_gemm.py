@@ -120,19 +120,19 @@ class TEGemm:
         """Choose who multiplies.
 
         Args:
-            direct: call cuBLASLt here; None where that can be.
+            direct: call cuBLASLt here; None where that can be, and TransformerEngine where it refuses.
             own: make x W^T and dy W by our own kernel, cut like this, where it fits; None where
                 `MEGATRON_FP8_EXT_GEMM=own` asks for it.
 
         Raises:
-            CublasError: cuBLASLt is asked for and cannot be called.
+            CublasError: cuBLASLt is asked for and cannot be called; a product of it then raises one too.
         """
         te = _te()
         self._gemm = _without_python if te.is_known else te.gemm
         gap = None if direct is False else cublaslt.reason(torch.cuda.current_device())
         if direct and gap is not None:
             raise cublaslt.CublasError(f"cuBLASLt cannot be called here: {gap}")
-        self._direct = direct is not False and gap is None
+        self._direct, self._asked = direct is not False and gap is None, bool(direct)
         self._own = own
         if self._direct and direct is None and hopper_gemm.asked_for():
             gap = hopper_gemm.reason(torch.cuda.current_device())
@@ -141,20 +141,25 @@ class TEGemm:
             else:
                 warnings.warn(f"cuBLASLt makes the FP8 products: {gap}", stacklevel=2)
 
-    def _ours(self, *args: Any, **kwargs: Any) -> Tensor | None:
+    def _by_cublaslt(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """`cublaslt.matmul`; None, now and ever after, where cuBLASLt refuses a product."""
         try:
             return cublaslt.matmul(*args, **kwargs)
         except cublaslt.CublasError as error:
+            if self._asked:
+                raise
             self._direct = False
             warnings.warn(f"TransformerEngine makes the FP8 products: {error}", stacklevel=2)
             return None
 
-    def _by_own_kernel(self, x: Operand, w: Operand, out: Tensor) -> Tensor | None:
-        """x w^T in `out`; None where our kernel is not used or does not fit."""
-        if self._own is None or hopper_gemm.unfit(x, w, out) is not None:
-            return None
-        return hopper_gemm.matmul(x, w, out, self._own)
+    def _product(
+        self, x: Operand, w: Operand, bias: Tensor | None = None, add: Tensor | None = None
+    ) -> Tensor | None:
+        """x w^T + bias + add, by our own kernel where that is to be and fits; None as `_by_cublaslt`."""
+        out, own = _empty(x, w), self._own if bias is None and add is None else None
+        if own is not None and hopper_gemm.unfit(x, w, out) is None:
+            return hopper_gemm.matmul(x, w, out, own)
+        return self._by_cublaslt(w, x, True, out, bias=bias, add=add)
 
     def fprop(
         self, x: BlockCast, weight: Any, bias: Tensor | None = None, add: Tensor | None = None
@@ -162,11 +167,7 @@ class TEGemm:
         """x W^T + b (+ `add`), `[M, N]` BF16."""
         if self._direct and x.rows is not None and (bias is None or bias.dtype is torch.bfloat16):
             w = Operand(weight._rowwise_data, weight._rowwise_scale_inv)
-            out, made = _empty(x.rows, w), None
-            if bias is None and add is None:
-                made = self._by_own_kernel(x.rows, w, out)
-            if made is None:
-                made = self._ours(w, x.rows, True, out, bias=bias, add=add)
+            made = self._product(x.rows, w, bias, add)
             if made is not None:
                 return made
         y: Tensor = self._gemm(
@@ -179,10 +180,7 @@ class TEGemm:
         weight.update_usage(columnwise_usage=True)
         if self._direct and dy.rows is not None:
             w = Operand(weight._columnwise_data, weight._columnwise_scale_inv)
-            out = _empty(dy.rows, w)
-            made = self._by_own_kernel(dy.rows, w, out)
-            if made is None:
-                made = self._ours(w, dy.rows, True, out)
+            made = self._product(dy.rows, w)
             if made is not None:
                 return made
         dx: Tensor = self._gemm(
@@ -199,7 +197,7 @@ class TEGemm:
         """dy^T x, `[N, K]`, into `out` (its dtype; added to it, if `accumulate`) or as new BF16."""
         if self._direct and x.columns is not None and dy.columns is not None:
             into = _empty(dy.columns, x.columns) if out is None else out
-            made = self._ours(x.columns, dy.columns, False, into, accumulate)
+            made = self._by_cublaslt(x.columns, dy.columns, False, into, accumulate)
             if made is not None:
                 return made
         dw: Tensor = self._gemm(

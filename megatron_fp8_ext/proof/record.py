@@ -88,11 +88,12 @@ class Run:
 
 def status(folder: Path) -> Status:
     """Return how the run in `folder` ended; one that was killed without a word is interrupted."""
-    found = _state(folder).get("status", "not started")
+    found = state(folder).get("status", "not started")
     return "interrupted" if found == "running" else found
 
 
-def _state(folder: Path) -> dict[str, Any]:
+def state(folder: Path) -> dict[str, Any]:
+    """Return state.json; empty before a run began."""
     file = folder / STATE
     return json.loads(file.read_text()) if file.is_file() else {}
 
@@ -135,7 +136,7 @@ def read(folder: Path) -> Run:
         described["argv"], described["common"], described["data"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / MEMBER} is damaged: {error!r}; delete the folder") from error
-    state = _state(folder)
+    ended = state(folder)
     log = folder / "log.txt"
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     iterations, losses = _iterations(lines)
@@ -144,16 +145,16 @@ def read(folder: Path) -> Run:
         folder=folder,
         **identity,
         status=status(folder),
-        why=str(state.get("last_words", "killed" if state.get("status") == "running" else "")),
+        why=str(ended.get("last_words", "killed" if ended.get("status") == "running" else "")),
         iterations=iterations,
         losses=losses,
         versions=_versions(lines),
         casts=_casts(lines),
         samples=_samples(folder),
         peak_gpu_mb=_peak_gpu(lines),
-        peak_resident_mb=state.get("peak_resident_mb"),
-        seconds=state.get("seconds"),
-        sharing=int(state.get("sharing", 1)),
+        peak_resident_mb=ended.get("peak_resident_mb"),
+        seconds=ended.get("seconds"),
+        sharing=int(ended.get("sharing", 1)),
         scores=json.loads(scores.read_text()) if scores.is_file() else {},
         described=described,
     )

@@ -73,8 +73,8 @@ def execute(
             return
         # Sharing a GPU is only a way to be quicker: what did not fit beside others has not failed.
         left = [member for member in left if _ran_out_of_memory(member)]
-        found = places(needed, _visible_gpus(), max(len(found.devices) // 2, 1))
         if left:
+            found = places(needed, _visible_gpus(), max(len(found.devices) // 2, 1))
             console.print(
                 f"{len(left)} runs ran out of memory beside others: again, {len(found.devices)} at a time"
             )
@@ -106,10 +106,8 @@ def _execute_at_once(
 
 
 def _ran_out_of_memory(member: Member) -> bool:
-    if record.status(member.folder) != "crashed":
-        return False
-    state = json.loads((member.folder / record.STATE).read_text())
-    return "out of memory" in state.get("last_words", "")
+    state = record.state(member.folder)
+    return state.get("status") == "crashed" and "out of memory" in state["last_words"]
 
 
 def _claim(member: Member, data: dict[str, Any]) -> None:
@@ -244,7 +242,7 @@ def _run(
                 _score(member, place, score, stop)
             except UserError as error:  # shown with the run; the others go on
                 bar.console.print(f"[red]{member.name}[/]: {error}", soft_wrap=True)
-                state = json.loads((member.folder / record.STATE).read_text())
+                state = record.state(member.folder)
                 _write_state(member, **{**state, "last_words": str(error)})
     finally:
         free.put(place)
@@ -342,7 +340,7 @@ def _score(member: Member, place: str | None, command: str, stop: threading.Even
             f"numbers in its last line; its output is {member.folder / 'score.txt'}"
         ) from error
     write_atomically(member.folder / record.SCORES, json.dumps(scores))
-    state = json.loads((member.folder / record.STATE).read_text())
+    state = record.state(member.folder)
     if state.get("last_words"):  # of an earlier try
         _write_state(member, **{**state, "last_words": ""})
 

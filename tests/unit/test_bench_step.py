@@ -35,9 +35,15 @@ def test_sides():
     (native,) = sides.parse("infir2+native-ce")
     assert "--linear-cross-entropy" not in native.flags and "native" in native.loss
     (te,) = sides.parse("bf16+te-ce")
-    argv = ["step_timing", *te.flags]
-    assert te.loss == "TransformerEngine's" and step_timing.take_te_cross_entropy(argv)
-    assert argv[-1] == "native" and not step_timing.take_te_cross_entropy(argv)
+    argv, asked = step_timing.take_te_cross_entropy(["--bf16", *te.flags])
+    assert te.loss == "TransformerEngine's" and asked
+    assert argv == [
+        "--bf16",
+        "--cross-entropy-loss-fusion",
+        "--cross-entropy-fusion-impl",
+        "native",
+    ]
+    assert step_timing.take_te_cross_entropy(argv) == (argv, False)
 
 
 @pytest.mark.parametrize(

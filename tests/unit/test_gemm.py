@@ -62,6 +62,9 @@ def test_a_refused_product_is_te_s(monkeypatch):
     with pytest.warns(UserWarning, match="TransformerEngine makes the FP8 products: .*supported"):
         assert gemm.fprop(x, weight) is te_s
     assert gemm.wgrad(x, x, None, False) is te_s and len(asked) == 1
+    # Who asks for cuBLASLt, as tests and benchmarks do, is not given another's product.
+    with pytest.raises(cublaslt.CublasError, match="not supported"):
+        te_gemm.TEGemm(direct=True).fprop(x, weight)
 
 
 def test_our_own_kernel_is_asked_for(monkeypatch):

@@ -15,7 +15,7 @@ from kernel_cases import DEVICE, torch
 
 import hopper_gemm_on_cpu as on_cpu  # isort: skip
 from megatron_fp8_ext.fused.gemm import ReferenceGemm
-from megatron_fp8_ext.kernels import hopper, hopper_gemm, nvrtc
+from megatron_fp8_ext.kernels import hopper, hopper_gemm, nvrtc, support
 from megatron_fp8_ext.kernels.cast import BlockCast, Operand, cast_1x128, cast_128x128
 
 pytestmark = [
@@ -31,7 +31,7 @@ def on_this_cpu(monkeypatch):
     """Maps and launches that the CPU understands; two pairs of processors."""
     monkeypatch.setattr(hopper_gemm, "encode", on_cpu.encode)
     monkeypatch.setattr(hopper, "launch", lambda found, device, *rest: found(*rest))
-    monkeypatch.setattr(hopper_gemm, "_processors", lambda device: 4)
+    monkeypatch.setattr(support, "processors", lambda device: 4)
     hopper_gemm._arguments.cache_clear()
     yield
     hopper_gemm._arguments.cache_clear()

@@ -7,7 +7,7 @@ import pytest
 from kernel_cases import DEVICE, assert_same_cast, torch, ulps_apart
 
 from megatron_fp8_ext.fp8 import reference
-from megatron_fp8_ext.kernels import cast, hopper, rmsnorm, rope, self_check, stash, swiglu
+from megatron_fp8_ext.kernels import cast, hopper, rmsnorm, rope, self_check, stash, support, swiglu
 
 pytestmark = [
     pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="needs g++"),
@@ -138,7 +138,7 @@ def test_stash(y_columns):
 @pytest.mark.parametrize(("m", "h", "programs"), [(256, 384, 7), (128, 1536, 40), (128, 128, 300)])
 def test_rmsnorm(m, h, programs, monkeypatch):
     """Programs that have more rows than stages, fewer, and one; threads beyond the row."""
-    monkeypatch.setattr(rmsnorm, "_processors", lambda device: 1)
+    monkeypatch.setattr(support, "processors", lambda device: 1)
     native = hopper.norm_backward
     monkeypatch.setattr(
         hopper,
