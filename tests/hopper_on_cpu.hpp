@@ -83,6 +83,7 @@ T __shfl_sync(unsigned, T value, int lane) {
   return other;
 }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 
 // Registers: threads are launched with what 65536 hold, in eights.
@@ -114,13 +115,17 @@ inline u32 offset_of(u32 address, u32 bytes, u32 alignment) {
 }
 inline u32 swizzled(u32 address) { return address ^ ((address >> 7 & 7) << 4); }
 inline u32 shared_memory() { return WINDOW; }
-inline float load_shared(u32 address) {
-  const u32 at = offset_of(address, 4, 4);
+template <typename T>
+T read_shared(u32 address) {
+  const u32 at = offset_of(address, sizeof(T), sizeof(T));
   lines[own_block()][at / LINE].unread = false;
-  float value;
-  memcpy(&value, &shared_bytes[own_block()][at], 4);
+  T value;
+  memcpy(&value, &shared_bytes[own_block()][at], sizeof(T));
   return value;
 }
+inline float load_shared(u32 address) { return read_shared<float>(address); }
+inline u32 load_shared_pair(u32 address) { return read_shared<u32>(address); }
+inline float2 load_shared_two(u32 address) { return read_shared<float2>(address); }
 
 struct Mbarrier { bool made, fenced, observed; int maker, expected, pending; long bytes, phase; };
 static Mbarrier barriers[MAX_BLOCKS][SHARED_SIZE / 8];
@@ -218,6 +223,10 @@ inline void copy_to(int block, const Copy &copy) {
   const u32 width = map.box_columns * map.element, at = copy.shared - WINDOW;
   if (!alive(block)) fail("a copy went to a block that has ended");
   if (multiplied(block, at, bytes_of(map))) fail("a copy went over what a product reads");
+  for (const Copy &other : copies)
+    if (other.store && other.block == block && other.shared < copy.shared + bytes_of(map) &&
+        copy.shared < other.shared + bytes_of(other.map))
+      fail("a copy went over what another has still to read");
   for (u32 line = at / LINE; line <= (at + bytes_of(map) - 1) / LINE; line++) {
     if (lines[block][line].unread) fail("a copy went over what nobody has read, at %u", line * LINE);
     lines[block][line].unread = true;

@@ -1,5 +1,6 @@
-// D = X W^T: X [M, K] E4M3 with scales of 1x128, W [N, K] E4M3 with scales of 128x128, D [M, N] BF16. For Hopper,
-// compiled at run time. NOT RUN ON A GPU YET: run on the CPU by tests/unit/test_hopper_gemm_on_cpu.py.
+// D = X W^T: X [M, K] and W [N, K], E4M3. For Hopper, compiled at run time. X has scales of 1x128. If SQUARE, as in
+// fprop and dgrad, W has scales of 128x128, and D [M, N] is BF16, to which a bias or a matrix is added before it is
+// rounded. Otherwise, as in wgrad, W's scales are of 1x128 too, and D is FP32, written or added to.
 //
 // One block a multiprocessor, which takes tile after tile. Of its three warpgroups the last one loads: one thread
 // issues the copies of a block of K (a stage) as soon as the one before it in that place is used up. The other two
@@ -8,8 +9,8 @@
 // nowhere, so one can write its result while the other multiplies. A cluster is two blocks with neighbouring tiles;
 // the operand that both need is loaded in halves, each for both.
 //
-// After hopper.cuh and hopper_async.cuh. Macros from hopper_gemm.py: TILE_M (128 or 256), CLUSTER_M (2: blocks below
-// each other, same rows of W), CLUSTER_N (2: beside each other, same rows of X), STAGES, LOADER_REGISTERS,
+// After hopper.cuh and hopper_async.cuh. Macros from hopper_gemm.py: SQUARE, TILE_M (128 or 256), CLUSTER_M (2: blocks
+// below each other, same rows of W), CLUSTER_N (2: beside each other, same rows of X), STAGES, LOADER_REGISTERS,
 // MULTIPLIER_REGISTERS.
 
 #define CLUSTER (CLUSTER_M * CLUSTER_N)
@@ -19,20 +20,28 @@ constexpr int TILE_N = 128, BLOCK_K = 128;
 constexpr int MULTIPLIERS = 2, ROWS = TILE_M / MULTIPLIERS, WAVES = ROWS / 64;
 constexpr int GROUP = 8;  // clusters of rows that share columns of W in the L2 cache
 
-constexpr u32 X_BYTES = TILE_M * BLOCK_K, W_BYTES = TILE_N * BLOCK_K, SCALE_BYTES = TILE_M * 4;
-constexpr u32 D_PART_BYTES = ROWS * 128;  // 64 columns of one warpgroup's rows
+constexpr u32 X_BYTES = TILE_M * BLOCK_K, W_BYTES = TILE_N * BLOCK_K;
+constexpr u32 SCALE_BYTES = (SQUARE ? TILE_M : TILE_M + TILE_N) * 4;  // of X, then of W
+constexpr u32 D_PART_BYTES = SQUARE ? ROWS * 128 : 0;                 // 64 columns of one warpgroup's rows
 // Shared memory, from its start; a multiple of 1024 bytes for each part that is swizzled.
 constexpr u32 D_AT = 0, X_AT = D_AT + MULTIPLIERS * 2 * D_PART_BYTES, W_AT = X_AT + STAGES * X_BYTES;
 constexpr u32 SCALES_AT = W_AT + STAGES * W_BYTES, FULL_AT = SCALES_AT + STAGES * SCALE_BYTES;
-constexpr u32 EMPTY_AT = FULL_AT + STAGES * 8, SHARED_BYTES = EMPTY_AT + STAGES * 8;
+constexpr u32 EMPTY_AT = FULL_AT + STAGES * 8, ADDEND_AT = EMPTY_AT + STAGES * 8;
+constexpr u32 SHARED_BYTES = ADDEND_AT + MULTIPLIERS * 8;
 static_assert(SHARED_BYTES <= 232448, "what a block can have");
 
 struct Arguments {
-  TensorMap x, x_scales, w, d;  // [M, K], [K / 128, M], [N, K], [M, N]
-  const float *w_scales;        // [N / 128, w_stride]
-  int w_stride, w_rows;         // w_rows = N / 128
-  int blocks;                   // K / 128
-  int tiles_m, tiles_n;         // in clusters
+  TensorMap x, x_scales, w;  // [M, K], [K / 128, M], [N, K]
+  TensorMap w_scales;        // [K / 128, N]; not if SQUARE
+  TensorMap d, addend;       // [M, N] BF16, if SQUARE
+  const float *square_scales;  // W's, [N / 128, w_stride], if SQUARE
+  const u32 *bias;             // [N] BF16, or null
+  float *sums;                 // D, if not SQUARE
+  int w_stride, w_rows;        // w_rows = N / 128
+  int blocks;                  // K / 128
+  int tiles_m, tiles_n;        // in clusters
+  int m;
+  int adds;  // SQUARE: whether the addend is added; otherwise: whether D is
 };
 
 // A tile, of those that the cluster takes: clusters go down a group's rows, then on to the next columns.
@@ -52,7 +61,7 @@ struct Tile {
   }
   // Its row of W's scales; a cluster's second block may have no columns, and reads what is there.
   __device__ __forceinline__ const float *w_scales(const Arguments &a) const {
-    return a.w_scales + (size_t)min(n, a.w_rows - 1) * a.w_stride;
+    return a.square_scales + (size_t)min(n, a.w_rows - 1) * a.w_stride;
   }
 };
 
@@ -83,6 +92,7 @@ __device__ __forceinline__ void load_tiles(const Arguments &a, u32 shared, u32 r
       load_rows<CLUSTER_N, TILE_M>(&a.x, full, shared + X_AT + stage.index * X_BYTES, column, m, rank);
       load_rows<CLUSTER_M, TILE_N>(&a.w, full, shared + W_AT + stage.index * W_BYTES, column, n, rank);
       load_box(&a.x_scales, full, shared + SCALES_AT + stage.index * SCALE_BYTES, m, k);
+      if (!SQUARE) load_box(&a.w_scales, full, shared + SCALES_AT + stage.index * SCALE_BYTES + TILE_M * 4, n, k);
     }
 }
 
@@ -103,33 +113,86 @@ __device__ __forceinline__ void release(u32 shared, const Stage &stage, u32 lane
   }
 }
 
-// 64 rows of a warpgroup's part of D: BF16 to shared memory, as copies of 64 columns with a 128-byte swizzle read it.
-__device__ __forceinline__ void store_wave(const float (&sum)[64], u32 rows, u32 warp, u32 lane) {
-  const u32 row = warp * 16 + lane % 16;
+// 64 rows of a warpgroup's part of D, with the bias or the addend, which lies where D will: BF16 to shared memory, as
+// copies of 64 columns with a 128-byte swizzle read it.
+__device__ __forceinline__ void store_wave(const Arguments &a, const float (&sum)[64], const u32 *bias, u32 rows,
+                                           u32 warp, u32 lane) {
+  const u32 row = warp * 16 + lane % 16, upper = warp * 16 + lane / 4;
 #pragma unroll
   for (int j = 0; j < 16; j += 2) {  // columns 8 j to 8 j + 15
-    const u32 chunk = (j % 8 + lane / 16) ^ (row % 8);
-    store_matrices(rows + j / 8 * D_PART_BYTES + row * 128 + chunk * 16, round_pair(sum[4 * j], sum[4 * j + 1]),
-                   round_pair(sum[4 * j + 2], sum[4 * j + 3]), round_pair(sum[4 * j + 4], sum[4 * j + 5]),
-                   round_pair(sum[4 * j + 6], sum[4 * j + 7]));
+    const u32 part = rows + j / 8 * D_PART_BYTES;
+    u32 pairs[4];  // columns 8 j and on of the upper row and of the lower one, columns 8 j + 8 and on of both
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float first = sum[4 * j + 2 * i], second = sum[4 * j + 2 * i + 1];
+      if (bias || a.adds) {
+        const u32 chunk = (j + i / 2) % 8 ^ upper % 8;
+        const u32 more = bias ? __ldg(bias + (j + i / 2) * 4)
+                              : load_shared_pair(part + (upper + i % 2 * 8) * 128 + chunk * 16 + lane % 4 * 4);
+        first = __fadd_rn(first, low(more)), second = __fadd_rn(second, high(more));
+      }
+      pairs[i] = round_pair(first, second);
+    }
+    __syncwarp();  // it has read what it writes over
+    store_matrices(part + row * 128 + ((j % 8 + lane / 16) ^ row % 8) * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
+}
+
+// The same rows in FP32 to D itself, or added to it; all is read before anything is written, so reads don't wait for
+// each other.
+__device__ __forceinline__ void store_sums(const Arguments &a, const float (&sum)[64], int row, int column, u32 lane) {
+  const size_t columns = (size_t)a.w_rows * TILE_N;
+  float *to = a.sums + (row + lane / 4) * columns + column + lane % 4 * 2;
+  float2 total[32];
+#pragma unroll
+  for (int i = 0; i < 32; i++) {
+    total[i] = {0.0f, 0.0f};
+    if (a.adds) total[i] = *(const float2 *)(to + i / 2 * 8 + i % 2 * 8 * columns);
+  }
+#pragma unroll
+  for (int i = 0; i < 32; i++) {
+    const float2 more = {sum[2 * i], sum[2 * i + 1]};
+    const float2 both = {__fadd_rn(total[i].x, more.x), __fadd_rn(total[i].y, more.y)};
+    *(float2 *)(to + i / 2 * 8 + i % 2 * 8 * columns) = a.adds ? both : more;
+  }
+}
+
+// Adds the products of a block of K, times their scales. `columns`: W's scales of this thread's columns, if not SQUARE;
+// otherwise they are in `upper` and `lower`, of the rows.
+__device__ __forceinline__ void add_scaled(float (&sum)[64], const float (&part)[64], float upper, float lower,
+                                           u32 columns) {
+#pragma unroll
+  for (int i = 0; i < 64; i += 4) {
+    float left_upper = upper, right_upper = upper, left_lower = lower, right_lower = lower;
+    if (!SQUARE) {
+      const float2 scale = load_shared_two(columns + i / 4 * 32);
+      left_upper = __fmul_rn(upper, scale.x), right_upper = __fmul_rn(upper, scale.y);
+      left_lower = __fmul_rn(lower, scale.x), right_lower = __fmul_rn(lower, scale.y);
+    }
+    sum[i] = __fmaf_rn(part[i], left_upper, sum[i]);
+    sum[i + 1] = __fmaf_rn(part[i + 1], right_upper, sum[i + 1]);
+    sum[i + 2] = __fmaf_rn(part[i + 2], left_lower, sum[i + 2]);
+    sum[i + 3] = __fmaf_rn(part[i + 3], right_lower, sum[i + 3]);
   }
 }
 
 __device__ __forceinline__ void multiply_tiles(const Arguments &a, u32 shared, u32 rank, u32 group) {
   const u32 thread = threadIdx.x % 128, warp = __shfl_sync(~0u, thread / 32, 0), lane = thread % 32;
-  const u32 d_at = shared + D_AT + group * 2 * D_PART_BYTES;
+  const u32 d_at = shared + D_AT + group * 2 * D_PART_BYTES, addend = shared + ADDEND_AT + group * 8;
   const u64 x_at = matrix_at(shared + X_AT + group * ROWS * BLOCK_K), w_at = matrix_at(shared + W_AT);
   const u32 scales_at = shared + SCALES_AT + (group * ROWS + warp * 16 + lane / 4) * 4;
+  const u32 columns_at = shared + SCALES_AT + (TILE_M + lane % 4 * 2) * 4;
   Stage stage;
   Tile tile(a, blockIdx.x / CLUSTER, rank);
-  float w_scale = __ldg(tile.w_scales(a));
-  while (tile.exists) {
+  float w_scale = SQUARE ? __ldg(tile.w_scales(a)) : 1.0f;
+  for (u32 parity = 0; tile.exists; parity ^= 1) {
+    const int row = tile.m * TILE_M + group * ROWS, column = tile.n * TILE_N;
     Tile next = tile;
     const float *of_tile = tile.w_scales(a);
     float sum[WAVES][64] = {};
 #pragma unroll 1
     for (int k = 0; k < a.blocks; k++, stage.advance()) {
-      float upper[WAVES], lower[WAVES], later;  // scales: of rows, 8 apart, times W's
+      float upper[WAVES], lower[WAVES], later = 1.0f;  // scales: of rows, 8 apart, if SQUARE times W's
       barrier_wait(shared + FULL_AT + stage.index * 8, stage.parity);
 #pragma unroll
       for (int wave = 0; wave < WAVES; wave++) {
@@ -150,36 +213,46 @@ __device__ __forceinline__ void multiply_tiles(const Arguments &a, u32 shared, u
         pin(part);
         if (wave == 0) {  // what comes next, while the tensor cores work
           if (k == 0) next = tile.next(a, rank);
-          later = __ldg(k + 1 < a.blocks ? of_tile + k + 1 : next.w_scales(a));
+          if (SQUARE) later = __ldg(k + 1 < a.blocks ? of_tile + k + 1 : next.w_scales(a));
+          if (SQUARE && a.adds && k == 0 && thread == 0) {
+            wait_stores_read();
+            barrier_expect(addend, 2 * D_PART_BYTES);
+            load_box(&a.addend, addend, d_at, column, row);
+            load_box(&a.addend, addend, d_at + D_PART_BYTES, column + 64, row);
+          }
+          __syncwarp();
         }
         mma_wait();
         pin(part);
-        if (wave == WAVES - 1) release(shared, stage, lane);
-#pragma unroll
-        for (int i = 0; i < 64; i += 4) {
-          sum[wave][i] = __fmaf_rn(part[i], upper[wave], sum[wave][i]);
-          sum[wave][i + 1] = __fmaf_rn(part[i + 1], upper[wave], sum[wave][i + 1]);
-          sum[wave][i + 2] = __fmaf_rn(part[i + 2], lower[wave], sum[wave][i + 2]);
-          sum[wave][i + 3] = __fmaf_rn(part[i + 3], lower[wave], sum[wave][i + 3]);
-        }
+        // W's scales are read with the sums.
+        if (SQUARE && wave == WAVES - 1) release(shared, stage, lane);
+        add_scaled(sum[wave], part, upper[wave], lower[wave], columns_at + stage.index * SCALE_BYTES);
+        if (!SQUARE && wave == WAVES - 1) release(shared, stage, lane);
       }
       w_scale = later;
     }
-    if (thread == 0) wait_stores_read();
-    sync_threads(1 + group, 128);
+    if (!SQUARE) {
 #pragma unroll
-    for (int wave = 0; wave < WAVES; wave++) store_wave(sum[wave], d_at + wave * 64 * 128, warp, lane);
-    copy_fence();
-    sync_threads(1 + group, 128);
-    if (thread == 0) {
-      const int row = tile.m * TILE_M + group * ROWS;
-      store_box(&a.d, d_at, tile.n * TILE_N, row);
-      store_box(&a.d, d_at + D_PART_BYTES, tile.n * TILE_N + 64, row);
-      commit_stores();
+      for (int wave = 0; wave < WAVES; wave++)
+        if (row + wave * 64 < a.m && tile.n < a.w_rows) store_sums(a, sum[wave], row + wave * 64 + warp * 16, column, lane);
+    } else {
+      if (a.adds) barrier_wait(addend, parity);
+      else if (thread == 0) wait_stores_read();
+      sync_threads(1 + group, 128);
+      const u32 *bias = a.bias ? a.bias + min(tile.n, a.w_rows - 1) * (TILE_N / 2) + lane % 4 : nullptr;
+#pragma unroll
+      for (int wave = 0; wave < WAVES; wave++) store_wave(a, sum[wave], bias, d_at + wave * 64 * 128, warp, lane);
+      copy_fence();
+      sync_threads(1 + group, 128);
+      if (thread == 0) {
+        store_box(&a.d, d_at, column, row);
+        store_box(&a.d, d_at + D_PART_BYTES, column + 64, row);
+        commit_stores();
+      }
     }
     tile = next;
   }
-  if (thread == 0) wait_stores();
+  if (SQUARE && thread == 0) wait_stores();
 }
 
 constexpr int THREADS = 128 * (MULTIPLIERS + 1);
@@ -205,6 +278,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1)
       barrier_init(shared + FULL_AT + stage * 8, 1);
       barrier_init(shared + EMPTY_AT + stage * 8, CLUSTER * MULTIPLIERS * 4);
     }
+    for (int other = 0; other < MULTIPLIERS; other++) barrier_init(shared + ADDEND_AT + other * 8, 1);
     barrier_init_fence();
   }
   __syncwarp();

@@ -1,9 +1,7 @@
-"""x w^T in block-scaled FP8 by a kernel of our own for Hopper (`hopper_gemm.cu`), where K is short.
+"""Products of block-scaled FP8 operands by a kernel of our own for Hopper (`hopper_gemm.cu`).
 
-Not run on a GPU yet: it compiles, and its source is run on the CPU by tests. So nobody gets it unasked;
-`MEGATRON_FP8_EXT_GEMM=own` does (`te_gemm`), for products that it fits, once it has made a small one right.
-What it should gain, on an H200 with 16384 tokens: fc1's product of Qwen2.5-1.5B (N 17920, K 1536) takes
-cuBLASLt 0.749 ms and DeepGEMM, whose plan is like this one's, 0.664 ms, with the same bits.
+Its bits are cuBLASLt's (tests/gpu/test_hopper_gemm.py). `best` says for which products it is the faster one.
+The plan, tiles of 256 x 128 by two warpgroups that multiply and one that loads, is like DeepGEMM's.
 """
 
 from __future__ import annotations
@@ -11,19 +9,23 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_fp8_ext.fp8.reference import BLOCK
-from megatron_fp8_ext.kernels import cast, cublaslt, hopper, nvrtc, self_check, support
+from megatron_fp8_ext.kernels import cast, hopper, nvrtc, self_check, support
 from megatron_fp8_ext.kernels.cast import Operand
+from megatron_fp8_ext.kernels.cublaslt import VARIABLE
 
 FILE, ENTRY = "hopper_gemm.cu", "block_scaled_gemm"
-THREADS = 384  # two warpgroups multiply, one loads
+THREADS, MULTIPLIERS = 384, 2  # two warpgroups multiply, one loads
 # What a block's 384 threads are launched with, 168 each, shared out: 128 x 40 + 256 x 232.
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
+MOST_SHARED = 232448  # bytes of shared memory that a block can have
+PROCESSORS = 132  # of an H100 or H200 (SXM); `best` counts by it on any GPU
 
 
 class Tiling(NamedTuple):
@@ -33,31 +35,40 @@ class Tiling(NamedTuple):
         tile_m: rows of a block's tile, 128 or 256; it has 128 columns.
         below: blocks of a cluster below each other, which share rows of `w`.
         beside: blocks of a cluster beside each other, which share rows of `x`; at most one of both is 2.
-        stages: blocks of K in shared memory.
     """
 
     tile_m: int
     below: int
     beside: int
-    stages: int
 
     @property
     def cluster(self) -> int:
         """Blocks of a cluster."""
         return self.below * self.beside
 
-    def shared(self) -> int:
-        """Bytes of shared memory: `SHARED_BYTES` of the source."""
-        stage = (self.tile_m + BLOCK) * BLOCK + self.tile_m * 4 + 16
-        return self.tile_m * BLOCK * 2 + self.stages * stage
+    def _stage(self, square: bool) -> int:
+        scales = self.tile_m if square else self.tile_m + BLOCK
+        return (self.tile_m + BLOCK) * BLOCK + scales * 4 + 16  # and two barriers
 
-    def macros(self) -> hopper.Macros:
+    def _fixed(self, square: bool) -> int:
+        return (self.tile_m * BLOCK * 2 if square else 0) + MULTIPLIERS * 8
+
+    def stages(self, square: bool) -> int:
+        """Blocks of K in shared memory: as many as it has room for."""
+        return (MOST_SHARED - self._fixed(square)) // self._stage(square)
+
+    def shared(self, square: bool) -> int:
+        """Bytes of shared memory: `SHARED_BYTES` of the source."""
+        return self._fixed(square) + self.stages(square) * self._stage(square)
+
+    def macros(self, square: bool) -> hopper.Macros:
         """The macros of hopper_gemm.cu."""
         return (
+            ("SQUARE", int(square)),
             ("TILE_M", self.tile_m),
             ("CLUSTER_M", self.below),
             ("CLUSTER_N", self.beside),
-            ("STAGES", self.stages),
+            ("STAGES", self.stages(square)),
             ("LOADER_REGISTERS", LOADER_REGISTERS),
             ("MULTIPLIER_REGISTERS", MULTIPLIER_REGISTERS),
         )
@@ -65,11 +76,11 @@ class Tiling(NamedTuple):
 
 # The first is the default: its square clusters read the fewest bytes from the L2 cache.
 TILINGS = {
-    "256x128, two beside": Tiling(256, 1, 2, 3),
-    "256x128, two below": Tiling(256, 2, 1, 3),
-    "256x128, alone": Tiling(256, 1, 1, 3),
-    "128x128, two below": Tiling(128, 2, 1, 5),
-    "128x128, alone": Tiling(128, 1, 1, 5),
+    "256x128, two beside": Tiling(256, 1, 2),
+    "256x128, two below": Tiling(256, 2, 1),
+    "256x128, alone": Tiling(256, 1, 1),
+    "128x128, two below": Tiling(128, 2, 1),
+    "128x128, alone": Tiling(128, 1, 1),
 }
 TILING = next(iter(TILINGS.values()))
 
@@ -78,10 +89,16 @@ class _Arguments(ctypes.Structure):
     """`struct Arguments` of the source; tensor maps make its size a multiple of 64."""
 
     _fields_ = [
-        *((name, ctypes.c_uint8 * 128) for name in ("x", "x_scales", "w", "d")),
-        ("w_scales", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("w_stride", "w_rows", "blocks", "tiles_m", "tiles_n")),
-        ("rest", ctypes.c_uint8 * 36),
+        *(
+            (name, ctypes.c_uint8 * 128)
+            for name in ("x", "x_scales", "w", "w_scales", "d", "addend")
+        ),
+        *((name, ctypes.c_void_p) for name in ("square_scales", "bias", "sums")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("w_stride", "w_rows", "blocks", "tiles_m", "tiles_n", "m", "adds")
+        ),
+        ("rest", ctypes.c_uint8 * 12),
     ]
 
 
@@ -134,22 +151,31 @@ def encode(wanted: Map) -> bytes:
     return bytes(room[start : start + 128])
 
 
-def unfit(x: Operand, w: Operand, out: Tensor) -> str | None:
+def unfit(
+    x: Operand,
+    w: Operand,
+    square: bool,
+    out: Tensor,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+) -> str | None:
     """Say why the kernel does not make `out` of these, in a clause; None if it does.
 
-    Args:
-        x: codes `[M, K]`, scales of 1x128.
-        w: codes `[N, K]`, scales of 128x128.
-        out: `[M, N]`.
+    Arguments are those of `matmul`.
     """
     (m, k), (n, columns) = x.codes.shape, w.codes.shape
     if columns != k or tuple(out.shape) != (m, n):
         return f"[{m}, {k}] and [{n}, {columns}] do not make {list(out.shape)}"
     if any(size == 0 or size % BLOCK for size in (m, n, k)):
         return f"M {m}, N {n} and K {k} are not all multiples of {BLOCK}"
-    if out.dtype is not torch.bfloat16:
+    if out.dtype is not (torch.bfloat16 if square else torch.float32):
         return f"the result is {out.dtype}"
-    parts = (x.codes, x.scale_inv, w.codes, w.scale_inv, out)
+    if bias is not None and (add is not None or bias.dtype is not torch.bfloat16):
+        return "a bias and a matrix are added" if add is not None else f"the bias is {bias.dtype}"
+    if add is not None and (add.shape != out.shape or add.dtype is not out.dtype):
+        return f"{add.dtype} {list(add.shape)} is added to {out.dtype} {list(out.shape)}"
+    given = (x.codes, x.scale_inv, w.codes, w.scale_inv, out, bias, add)
+    parts = [part for part in given if part is not None]
     if not all(part.is_contiguous() for part in parts):
         return "a tensor is not contiguous"
     if any(part.data_ptr() % 16 for part in parts):
@@ -157,73 +183,126 @@ def unfit(x: Operand, w: Operand, out: Tensor) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=1024)
-def _arguments(
-    addresses: tuple[int, ...], size: tuple[int, int, int], strides: tuple[int, int], tiling: Tiling
-) -> _Arguments:
-    """The kernel's arguments; training meets the same addresses again and again.
+def best(size: tuple[int, int, int], square: bool) -> Tiling | None:
+    """Return how to cut a product of this size where this kernel is faster than cuBLASLt; None elsewhere."""
+    m, n, k = size
+    if square:
+        return TILING if k <= 12288 else None
+    return TILING if _filled(m, n, TILING) >= 0.88 else None
 
-    Args:
-        addresses: of x's codes and scales, w's codes and scales, and D.
-        size: M, N, K.
-        strides: of the rows of both scales, elements.
-        tiling: how the product is cut.
-    """
-    (x, x_scales, w, w_scales, d), (m, n, k) = addresses, size
-    tile_m, below, beside, _ = tiling
-    made = _Arguments(w_scales=w_scales, w_stride=strides[1], w_rows=n // BLOCK, blocks=k // BLOCK)
+
+def _filled(m: int, n: int, tiling: Tiling) -> float:
+    """How much of the last round of tiles, on average of all rounds, an H100's processors have to do."""
+    tiles = -(-m // tiling.tile_m) * -(-n // BLOCK)
+    return tiles / (-(-tiles // PROCESSORS) * PROCESSORS)
+
+
+class _Problem(NamedTuple):
+    """A product: addresses, 0 for what there is not, and sizes."""
+
+    x: int
+    x_scales: int
+    w: int
+    w_scales: int
+    out: int
+    bias: int
+    add: int
+    m: int
+    n: int
+    k: int
+    x_stride: int  # elements from row to row of the scales
+    w_stride: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _arguments(of: _Problem, square: bool, accumulate: bool, tiling: Tiling) -> _Arguments:
+    """The kernel's arguments; training meets the same addresses again and again."""
+    m, n, k, (tile_m, below, beside) = of.m, of.n, of.k, tiling
+    made = _Arguments(w_stride=of.w_stride, w_rows=n // BLOCK, blocks=k // BLOCK, m=m)
     made.tiles_m, made.tiles_n = -(-m // (tile_m * below)), -(-n // (BLOCK * beside))
-    for name, wanted in (
-        ("x", Map(x, 1, k, m, k, BLOCK, tile_m // beside, True)),
-        ("x_scales", Map(x_scales, 4, m, k // BLOCK, 4 * strides[0], tile_m, 1, False)),
-        ("w", Map(w, 1, k, n, k, BLOCK, BLOCK // below, True)),
-        ("d", Map(d, 2, n, m, 2 * n, 64, tile_m // 2, True)),
-    ):
+    maps = {
+        "x": Map(of.x, 1, k, m, k, BLOCK, tile_m // beside, True),
+        "x_scales": Map(of.x_scales, 4, m, k // BLOCK, 4 * of.x_stride, tile_m, 1, False),
+        "w": Map(of.w, 1, k, n, k, BLOCK, BLOCK // below, True),
+    }
+    if square:
+        made.square_scales, made.bias, made.adds = of.w_scales, of.bias, bool(of.add)
+        maps["d"] = Map(of.out, 2, n, m, 2 * n, 64, tile_m // 2, True)
+        if of.add:
+            maps["addend"] = maps["d"]._replace(address=of.add)
+    else:
+        made.sums, made.adds = of.out, accumulate
+        maps["w_scales"] = Map(of.w_scales, 4, n, k // BLOCK, 4 * of.w_stride, BLOCK, 1, False)
+    for name, wanted in maps.items():
         getattr(made, name)[:] = encode(wanted)
     return made
 
 
-def compile_kernel(tiling: Tiling) -> bytes:
+def compile_kernel(tiling: Tiling, square: bool) -> bytes:
     """Return the cubin; needs no GPU."""
-    return hopper.compile_kernel(FILE, tiling.macros(), ("hopper.cuh", "hopper_async.cuh"))
+    return hopper.compile_kernel(FILE, tiling.macros(square), ("hopper.cuh", "hopper_async.cuh"))
 
 
 @functools.cache
-def _kernel(device: int, tiling: Tiling) -> Any:
+def _kernel(device: int, tiling: Tiling, square: bool) -> Any:
     with torch.cuda.device(device):
-        return nvrtc.Kernel(compile_kernel(tiling), ENTRY, tiling.shared())
+        return nvrtc.Kernel(compile_kernel(tiling, square), ENTRY, tiling.shared(square))
 
 
-def matmul(x: Operand, w: Operand, out: Tensor, tiling: Tiling = TILING) -> Tensor:
-    """Write x w^T into `out` and return it; `unfit` has been asked.
+def matmul(
+    x: Operand,
+    w: Operand,
+    square: bool,
+    out: Tensor,
+    accumulate: bool = False,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    tiling: Tiling = TILING,
+) -> Tensor:
+    """Write x w^T (+ bias, + add) into `out`, or add it, and return it; `unfit` has been asked.
 
     Sums 128 of K on the tensor cores, then in FP32, in the order of K: the same bits every time.
 
     Args:
         x: codes `[M, K]`, scales of 1x128.
-        w: codes `[N, K]`, scales of 128x128.
-        out: `[M, N]` BF16.
+        w: codes `[N, K]`, scales of 128x128 if `square`, of 1x128 otherwise.
+        square: as in fprop and dgrad; otherwise as in wgrad.
+        out: `[M, N]`, BF16 if `square`, FP32 otherwise.
+        accumulate: whether to add to `out`; FP32 only.
+        bias: `[N]` BF16, added in FP32, before the rounding; BF16 results only.
+        add: `[M, N]` BF16; the same.
         tiling: how the product is cut; the result's bits do not depend on it.
 
     Raises:
         CudaError: the kernel does not compile or start here.
     """
-    made = _arguments(
-        tuple(part.data_ptr() for part in (*x, *w, out)),
-        (x.codes.shape[0], w.codes.shape[0], x.codes.shape[1]),
-        (x.scale_inv.stride(0), w.scale_inv.stride(0)),
-        tiling,
+    problem = _Problem(
+        x.codes.data_ptr(),
+        x.scale_inv.data_ptr(),
+        w.codes.data_ptr(),
+        w.scale_inv.data_ptr(),
+        out.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if add is None else add.data_ptr(),
+        *(x.codes.shape[0], w.codes.shape[0], x.codes.shape[1]),
+        *(x.scale_inv.stride(0), w.scale_inv.stride(0)),
     )
+    made = _arguments(problem, square, accumulate, tiling)
     device = out.device.index
     clusters = min(made.tiles_m * made.tiles_n, support.processors(out.device) // tiling.cluster)
-    found = _kernel(device, tiling)
+    found = _kernel(device, tiling, square)
     hopper.launch(found, device, (clusters * tiling.cluster, 1), THREADS, made)
     return out
 
 
-def asked_for() -> bool:
-    """Whether the environment asks for this kernel."""
-    return os.environ.get(cublaslt.VARIABLE) == "own"
+def is_for(device: int) -> bool:
+    """Whether this GPU's products may be made here; a warning says why not, once, unless the user said so."""
+    if os.environ.get(VARIABLE) == "cublaslt":
+        return False
+    gap = reason(device)
+    if gap is not None:
+        warnings.warn(f"cuBLASLt makes the FP8 products: {gap}", stacklevel=3)
+    return gap is None
 
 
 @functools.cache
@@ -238,15 +317,29 @@ def reason(device: int) -> str | None:
 
 
 def failure(device: torch.device) -> str | None:
-    """Make a small product; say that it is wrong, in a clause, or return None."""
+    """Make small products; say that one is wrong, in a clause, or return None."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator, device=device).bfloat16()
 
-    x = cast.cast_1x128(random(384, 640), "power_of_two", columns=False)
-    w = cast.cast_128x128(random(640, 640), "power_of_two", columns=False)
-    assert x.rows is not None and w.rows is not None
-    got = matmul(x.rows, w.rows, torch.empty(384, 640, dtype=torch.bfloat16, device=device))
-    want = x.quantized().dequantize().double() @ w.quantized().dequantize().double().t()
-    return self_check.verdict("the product", got, want, self_check.BF16)
+    x = cast.cast_1x128(random(384, 640), "power_of_two")
+    square = cast.cast_128x128(random(640, 640), "power_of_two", columns=False)
+    other = cast.cast_1x128(random(640, 640), "power_of_two", columns=False)
+    assert x.rows is not None and square.rows is not None and other.rows is not None
+    exact_x, exact_w = (one.quantized().dequantize().double() for one in (x, square))
+    past, bias = random(384, 640), random(1, 640)[0]
+    for name, more, want in (
+        ("the product", {}, exact_x @ exact_w.t()),
+        ("the product with a bias", {"bias": bias}, exact_x @ exact_w.t() + bias),
+        ("the product with a sum", {"add": past}, exact_x @ exact_w.t() + past),
+    ):
+        out = torch.empty(384, 640, dtype=torch.bfloat16, device=device)
+        got = matmul(x.rows, square.rows, True, out, **more)
+        wrong = self_check.verdict(name, got, want, self_check.BF16)
+        if wrong:
+            return wrong
+    start = random(384, 640).float()
+    want = start.double() + exact_x @ other.quantized().dequantize().double().t()
+    got = matmul(x.rows, other.rows, False, start.clone(), accumulate=True)
+    return self_check.verdict("the product in FP32", got, want, self_check.BF16)

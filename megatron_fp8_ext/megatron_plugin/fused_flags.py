@@ -16,7 +16,7 @@ FLAGS = (ON, OFF, STASH)
 VARIABLE = "MEGATRON_FP8_EXT_FUSED"
 DEFAULT = "on"
 # Who computes, where that is not to be chosen by itself: `kernels.hopper` and `kernels.cublaslt` read these.
-BACKENDS = {"MEGATRON_FP8_EXT_KERNELS": ("triton",), "MEGATRON_FP8_EXT_GEMM": ("te", "own")}
+BACKENDS = {"MEGATRON_FP8_EXT_KERNELS": ("triton",), "MEGATRON_FP8_EXT_GEMM": ("te", "cublaslt")}
 HELP = {
     ON: "compute norm-QKV, projection and MLP as fused functions where possible (Hopper)",
     OFF: "compute every layer as TransformerEngine does, without the fused functions",

@@ -1,7 +1,7 @@
 """The block-scaled GEMM under the fused functions, and TransformerEngine's FP8 weights as their operands.
 
-This package calls cuBLASLt (`kernels.cublaslt`), or TransformerEngine does where that cannot be. A kernel of
-our own (`kernels.hopper_gemm`) is opt-in: it has not run on a GPU yet.
+A kernel of our own (`kernels.hopper_gemm`) multiplies where it is the faster one, otherwise cuBLASLt
+(`kernels.cublaslt`); TransformerEngine does where neither can be called. All give the same bits.
 
 Written against TransformerEngine 2.20 (`pytorch/module/layernorm_linear.py`, `module/base.py`): the calls and
 their order are those of its own modules.
@@ -120,26 +120,21 @@ class TEGemm:
         """Choose who multiplies.
 
         Args:
-            direct: call cuBLASLt here; None where that can be, and TransformerEngine where it refuses.
-            own: make x W^T and dy W by our own kernel, cut like this, where it fits; None where
-                `MEGATRON_FP8_EXT_GEMM=own` asks for it.
+            direct: call cuBLASLt here, and no kernel of ours; None for whoever is the fastest, and
+                TransformerEngine where cuBLASLt refuses.
+            own: make every product that fits by our own kernel, cut like this.
 
         Raises:
             CublasError: cuBLASLt is asked for and cannot be called; a product of it then raises one too.
         """
-        te = _te()
+        te, device = _te(), torch.cuda.current_device()
         self._gemm = _without_python if te.is_known else te.gemm
-        gap = None if direct is False else cublaslt.reason(torch.cuda.current_device())
+        gap = None if direct is False else cublaslt.reason(device)
         if direct and gap is not None:
             raise cublaslt.CublasError(f"cuBLASLt cannot be called here: {gap}")
         self._direct, self._asked = direct is not False and gap is None, bool(direct)
         self._own = own
-        if self._direct and direct is None and hopper_gemm.asked_for():
-            gap = hopper_gemm.reason(torch.cuda.current_device())
-            if gap is None:
-                self._own = hopper_gemm.TILING
-            else:
-                warnings.warn(f"cuBLASLt makes the FP8 products: {gap}", stacklevel=2)
+        self._may_own = self._direct and direct is None and hopper_gemm.is_for(device)
 
     def _by_cublaslt(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """`cublaslt.matmul`; None, now and ever after, where cuBLASLt refuses a product."""
@@ -153,13 +148,22 @@ class TEGemm:
             return None
 
     def _product(
-        self, x: Operand, w: Operand, bias: Tensor | None = None, add: Tensor | None = None
+        self,
+        x: Operand,
+        w: Operand,
+        square: bool,
+        out: Tensor,
+        accumulate: bool = False,
+        bias: Tensor | None = None,
+        add: Tensor | None = None,
     ) -> Tensor | None:
-        """x w^T + bias + add, by our own kernel where that is to be and fits; None as `_by_cublaslt`."""
-        out, own = _empty(x, w), self._own if bias is None and add is None else None
-        if own is not None and hopper_gemm.unfit(x, w, out) is None:
-            return hopper_gemm.matmul(x, w, out, own)
-        return self._by_cublaslt(w, x, True, out, bias=bias, add=add)
+        """x w^T (+ bias, + add), as `hopper_gemm.matmul`; by cuBLASLt, or None, where that is not to be."""
+        tiling = self._own
+        if tiling is None and self._may_own:
+            tiling = hopper_gemm.best((*out.shape, x.codes.shape[1]), square)
+        if tiling is not None and hopper_gemm.unfit(x, w, square, out, bias, add) is None:
+            return hopper_gemm.matmul(x, w, square, out, accumulate, bias, add, tiling)
+        return self._by_cublaslt(w, x, square, out, accumulate, bias, add)
 
     def fprop(
         self, x: BlockCast, weight: Any, bias: Tensor | None = None, add: Tensor | None = None
@@ -167,7 +171,7 @@ class TEGemm:
         """x W^T + b (+ `add`), `[M, N]` BF16."""
         if self._direct and x.rows is not None and (bias is None or bias.dtype is torch.bfloat16):
             w = Operand(weight._rowwise_data, weight._rowwise_scale_inv)
-            made = self._product(x.rows, w, bias, add)
+            made = self._product(x.rows, w, True, _empty(x.rows, w), False, bias, add)
             if made is not None:
                 return made
         y: Tensor = self._gemm(
@@ -180,7 +184,7 @@ class TEGemm:
         weight.update_usage(columnwise_usage=True)
         if self._direct and dy.rows is not None:
             w = Operand(weight._columnwise_data, weight._columnwise_scale_inv)
-            made = self._product(dy.rows, w)
+            made = self._product(dy.rows, w, True, _empty(dy.rows, w))
             if made is not None:
                 return made
         dx: Tensor = self._gemm(
@@ -197,7 +201,7 @@ class TEGemm:
         """dy^T x, `[N, K]`, into `out` (its dtype; added to it, if `accumulate`) or as new BF16."""
         if self._direct and x.columns is not None and dy.columns is not None:
             into = _empty(dy.columns, x.columns) if out is None else out
-            made = self._by_cublaslt(x.columns, dy.columns, False, into, accumulate)
+            made = self._product(dy.columns, x.columns, False, into, accumulate)
             if made is not None:
                 return made
         dw: Tensor = self._gemm(

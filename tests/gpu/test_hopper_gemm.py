@@ -54,31 +54,53 @@ def operands(m, n, k, scale_format):
     return x, cast_128x128(random(n, k), scale_format, columns=False).rows
 
 
-def ours(x, w, tiling=hopper_gemm.TILING):
+def ours(x, w, tiling=hopper_gemm.TILING, **more):
     out = torch.full((x.codes.shape[0], w.codes.shape[0]), float("nan"), device="cuda").bfloat16()
-    assert hopper_gemm.unfit(x, w, out) is None
-    hopper_gemm.matmul(x, w, out, tiling)
+    assert hopper_gemm.unfit(x, w, True, out, **more) is None
+    hopper_gemm.matmul(x, w, True, out, tiling=tiling, **more)
     torch.cuda.synchronize()
     return out
 
 
 def same_bits(got, want):
-    different = (got.view(torch.int16) != want.view(torch.int16)).sum().item()
+    kind = torch.int16 if got.dtype is torch.bfloat16 else torch.int32
+    different = (got.view(kind) != want.view(kind)).sum().item()
     assert not different, f"{different} of {got.numel()} elements differ"
 
 
-def is_cublaslt_s(x, w, got):
+def is_cublaslt_s(x, w, got, **more):
     size = (x.codes.shape[0], w.codes.shape[0])
     want = torch.empty(size, dtype=torch.bfloat16, device="cuda")
-    same_bits(got, cublaslt.matmul(w, x, True, want))
+    same_bits(got, cublaslt.matmul(w, x, True, want, **more))
+
+
+def gradient_is_cublaslt_s(m, n, k, scale_format, tiling=hopper_gemm.TILING):
+    x, dy = operands(n, 128, k, scale_format)[0], operands(m, 128, k, scale_format)[0]
+    nan = torch.full((m, n), float("nan"), device="cuda")
+    assert hopper_gemm.unfit(dy, x, False, nan) is None
+    for start, accumulate in ((nan, False), (torch.randn_like(nan), True)):
+        got, want = start.clone(), start.clone()
+        hopper_gemm.matmul(dy, x, False, got, accumulate, tiling=tiling)
+        torch.cuda.synchronize()
+        same_bits(got, cublaslt.matmul(x, dy, False, want, accumulate))
 
 
 @pytest.mark.parametrize("scale_format", ["power_of_two", "float32"])
 @pytest.mark.parametrize("size", SMALL, ids=str)
-@pytest.mark.parametrize("name", reversed(TILINGS))  # the simplest first
+@pytest.mark.parametrize("name", list(reversed(TILINGS)))  # the simplest first
 def test_small(name, size, scale_format):
     x, w = operands(*size, scale_format)
     is_cublaslt_s(x, w, ours(x, w, TILINGS[name]))
+    more = torch.randn(size[0], size[1], device="cuda").mul(30).bfloat16()
+    for terms in ({"bias": more[0]}, {"add": more}):
+        is_cublaslt_s(x, w, ours(x, w, TILINGS[name], **terms), **terms)
+
+
+@pytest.mark.parametrize("scale_format", ["power_of_two", "float32"])
+@pytest.mark.parametrize("size", SMALL, ids=str)
+@pytest.mark.parametrize("name", list(reversed(TILINGS)))
+def test_small_gradients(name, size, scale_format):
+    gradient_is_cublaslt_s(*size, scale_format, TILINGS[name])
 
 
 def test_it_is_trusted_here():
@@ -92,6 +114,12 @@ def test_models(name, scale_format):
     is_cublaslt_s(x, w, ours(x, w))
 
 
+@pytest.mark.parametrize("model", LAYERS)
+def test_gradients_of_models(model):
+    for n, k in LAYERS[model]:
+        gradient_is_cublaslt_s(n, k, 8192, "power_of_two")
+
+
 @pytest.mark.parametrize("name", TILINGS)
 def test_again_and_again(name):
     """While others run beside it: the same bits each time."""
@@ -101,7 +129,9 @@ def test_again_and_again(name):
     results = []
     for turn in range(60):
         with torch.cuda.stream(streams[turn % 3]):
-            results.append(hopper_gemm.matmul(x, w, torch.empty_like(want), TILINGS[name]))
+            results.append(
+                hopper_gemm.matmul(x, w, True, torch.empty_like(want), tiling=TILINGS[name])
+            )
     torch.cuda.synchronize()
     for got in results:
         same_bits(got, want)

@@ -74,7 +74,7 @@ def test_a_wrong_variable():
 @pytest.mark.parametrize(
     ("variable", "value", "known"),
     [
-        ("MEGATRON_FP8_EXT_GEMM", "cublas", "te or own"),
+        ("MEGATRON_FP8_EXT_GEMM", "cublas", "te or cublaslt"),
         ("MEGATRON_FP8_EXT_KERNELS", "cuda", "triton"),
     ],
 )

@@ -52,6 +52,7 @@ def test_a_refused_product_is_te_s(monkeypatch):
         raise cublaslt.CublasError("cublasLtMatmulAlgoGetHeuristic: not supported (15)")
 
     monkeypatch.setattr(cublaslt, "matmul", refuse)
+    monkeypatch.setattr(hopper_gemm, "is_for", lambda device: False)
     gemm = te_gemm.TEGemm()
     x = cast_1x128(torch.ones(128, 128, dtype=torch.bfloat16), "power_of_two")
     w = cast_128x128(torch.ones(256, 128, dtype=torch.bfloat16), "power_of_two")
@@ -67,8 +68,8 @@ def test_a_refused_product_is_te_s(monkeypatch):
         te_gemm.TEGemm(direct=True).fprop(x, weight)
 
 
-def test_our_own_kernel_is_asked_for(monkeypatch):
-    """It makes x W^T and dy W where it fits; sums with more terms, and weight gradients, are cuBLASLt's."""
+def test_who_multiplies(monkeypatch):
+    """Our own kernel what it is the faster one for and fits; cuBLASLt the rest, or all of it."""
     made = []
     te = SimpleNamespace(is_known=False, gemm=None)
     monkeypatch.setattr(te_gemm, "_te", lambda: te)
@@ -97,22 +98,48 @@ def test_our_own_kernel_is_asked_for(monkeypatch):
     )
     bias = torch.zeros(256, dtype=torch.bfloat16)
 
+    main_grad = torch.zeros(256, 384)
+
     def all_products(gemm):
         made.clear()
         gemm.fprop(x, weight)
         gemm.dgrad(dy, weight)
         gemm.fprop(x, weight, bias)
         gemm.fprop(x, weight, add=torch.zeros(128, 256, dtype=torch.bfloat16))
+        gemm.wgrad(x, dy, main_grad, True)
         gemm.wgrad(x, dy, None, False)
-        return [name for name, _ in made], [shape for _, shape in made]
+        assert [shape for _, shape in made] == [
+            (128, 256),
+            (128, 384),
+            *[(128, 256)] * 2,
+            *[(256, 384)] * 2,
+        ]
+        return [name for name, _ in made]
 
-    shapes = [(128, 256), (128, 384), (128, 256), (128, 256), (256, 384)]
-    assert all_products(te_gemm.TEGemm()) == (["cuBLASLt"] * 5, shapes)
-    monkeypatch.setenv(cublaslt.VARIABLE, "own")
     monkeypatch.setattr(hopper_gemm, "reason", lambda device: None)
-    assert all_products(te_gemm.TEGemm()) == (["own"] * 2 + ["cuBLASLt"] * 3, shapes)
+    monkeypatch.setattr(hopper_gemm, "best", lambda size, square: hopper_gemm.TILING)
+    assert all_products(te_gemm.TEGemm()) == ["own"] * 5 + ["cuBLASLt"]
+    monkeypatch.setattr(
+        hopper_gemm,
+        "best",
+        lambda size, square: hopper_gemm.TILING if size == (128, 384, 256) else None,
+    )
+    assert all_products(te_gemm.TEGemm()) == ["cuBLASLt", "own", *["cuBLASLt"] * 4]
+    assert all_products(te_gemm.TEGemm(True, hopper_gemm.TILING)) == ["own"] * 5 + ["cuBLASLt"]
+    assert all_products(te_gemm.TEGemm(True)) == ["cuBLASLt"] * 6
     part = BlockCast(Operand(x.rows.codes[:64], x.rows.scale_inv), None)
     assert te_gemm.TEGemm().fprop(part, weight).shape == (64, 256) and made[-1][0] == "cuBLASLt"
-    monkeypatch.setattr(hopper_gemm, "reason", lambda device: "not a Hopper GPU")
-    with pytest.warns(UserWarning, match="cuBLASLt makes the FP8 products: not a Hopper GPU"):
-        assert all_products(te_gemm.TEGemm())[0] == ["cuBLASLt"] * 5
+    monkeypatch.setattr(hopper_gemm, "reason", lambda device: "it is wrong on this machine")
+    with pytest.warns(UserWarning, match="cuBLASLt makes the FP8 products: it is wrong"):
+        assert all_products(te_gemm.TEGemm()) == ["cuBLASLt"] * 6
+    monkeypatch.setenv(cublaslt.VARIABLE, "cublaslt")
+    assert all_products(te_gemm.TEGemm()) == ["cuBLASLt"] * 6
+
+
+def test_what_our_own_kernel_is_chosen_for():
+    """By the size alone, so that a resumed run multiplies as before."""
+    best = hopper_gemm.best
+    assert best((16384, 17920, 1536), True) == hopper_gemm.TILING
+    assert best((16384, 1536, 17920), True) is None  # cuBLASLt is faster for long K
+    assert best((17920, 1536, 16384), False) == hopper_gemm.TILING
+    assert best((2048, 1536, 16384), False) is None  # 96 tiles for 132 processors

@@ -40,7 +40,9 @@ def on_this_cpu(monkeypatch):
 def use(monkeypatch, seed=0, change=lambda text: text):
     """`matmul` runs here, with its copies and threads in this order."""
     monkeypatch.setattr(
-        hopper_gemm, "_kernel", lambda device, tiling: on_cpu.Kernel(tiling, seed, change)
+        hopper_gemm,
+        "_kernel",
+        lambda device, tiling, square: on_cpu.Kernel(tiling, square, seed, change),
     )
 
 
@@ -58,10 +60,31 @@ def case(m, n, k, dtype="power_of_two"):
     return x, w, ReferenceGemm().fprop(x, w)
 
 
-def product(x: BlockCast, w: Operand, tiling):
+def product(x: BlockCast, w: Operand, tiling, **more):
     out = torch.full((x.rows.codes.shape[0], w.codes.shape[0]), float("nan")).bfloat16()
-    assert hopper_gemm.unfit(x.rows, w, out) is None
-    return hopper_gemm.matmul(x.rows, w, out, tiling)
+    assert hopper_gemm.unfit(x.rows, w, True, out, **more) is None
+    return hopper_gemm.matmul(x.rows, w, True, out, tiling=tiling, **more)
+
+
+@functools.cache
+def gradient_case(m, n, k, dtype="float32"):
+    """Casts of random x [K, N] and dy [K, M] for wgrad, dy^T x, and what its sums may be off."""
+    generator = torch.Generator().manual_seed(m + n + k)
+
+    def random(columns):
+        spread = torch.randn((k // 128, columns), generator=generator).mul(2).exp()
+        values = torch.randn((k, columns), generator=generator)
+        return (values * spread.repeat_interleave(128, dim=0)).bfloat16()
+
+    x, dy = (cast_1x128(random(columns), dtype, rows=False) for columns in (n, m))
+    exact_dy, exact_x = (one.quantized(columns=True).dequantize().double() for one in (dy, x))
+    size = exact_dy.abs() @ exact_x.abs().t()
+    return x, dy, (exact_dy @ exact_x.t()).float(), (size * 2.0**-20).float()
+
+
+def gradient(x: BlockCast, dy: BlockCast, out, tiling=hopper_gemm.TILING, accumulate=False):
+    assert hopper_gemm.unfit(dy.columns, x.columns, False, out) is None
+    return hopper_gemm.matmul(dy.columns, x.columns, False, out, accumulate, tiling=tiling)
 
 
 def agrees(got, want):
@@ -110,6 +133,37 @@ def test_the_transposed_weight(monkeypatch):
     assert agrees(got, ReferenceGemm().dgrad(dy, w))
 
 
+@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize("size", [(128, 128, 128), (384, 384, 384), (640, 128, 1024)], ids=str)
+def test_with_a_bias_or_a_matrix(name, size, monkeypatch):
+    """Added in FP32, before the rounding; the matrix comes into the result's place in shared memory."""
+    use(monkeypatch, seed=sum(size))
+    m, n, _ = size
+    x, w, _ = case(*size)
+    exact = x.quantized().dequantize() @ w.quantized().dequantize().t()
+    generator = torch.Generator().manual_seed(0)
+    scale = exact.abs().mean()
+    bias = (torch.randn(n, generator=generator) * scale).bfloat16()
+    past = (torch.randn(m, n, generator=generator) * scale).bfloat16()
+    got = product(x, w.rows, TILINGS[name], bias=bias)
+    assert agrees(got, (exact + bias.float()).bfloat16())
+    got = product(x, w.rows, TILINGS[name], add=past)
+    assert agrees(got, (exact + past.float()).bfloat16())
+
+
+@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize("size", [(128, 128, 128), (384, 384, 384), (640, 128, 1024)], ids=str)
+def test_weight_gradients(name, size, monkeypatch):
+    """In FP32; each row and each column has scales of its own."""
+    use(monkeypatch, seed=sum(size))
+    x, dy, want, tolerance = gradient_case(*size)
+    tiling, nan = TILINGS[name], torch.full(want.shape, float("nan"))
+    assert ((gradient(x, dy, nan, tiling) - want).abs() <= tolerance).all()
+    past = torch.randn(want.shape, generator=torch.Generator().manual_seed(0)) * want.abs().mean()
+    got = gradient(x, dy, past.clone(), tiling, accumulate=True)
+    assert ((got - (past + want)).abs() <= tolerance + past.abs() * 2.0**-22).all()
+
+
 def test_the_order_of_events_does_not_show(monkeypatch):
     x, w, _ = case(384, 384, 384)
     results = []
@@ -122,8 +176,27 @@ def test_the_order_of_events_does_not_show(monkeypatch):
 def test_self_check(monkeypatch):
     use(monkeypatch)
     assert hopper_gemm.failure(torch.device("cpu")) is None
-    use(monkeypatch, change=lambda text: text.replace("upper[wave], sum", "lower[wave], sum"))
-    assert "wrong on this machine" in hopper_gemm.failure(torch.device("cpu"))
+    for before, after, name in (
+        ("__fmaf_rn(part[i], left_upper", "__fmaf_rn(part[i], left_lower", "the product is wrong"),
+        (
+            "first = __fadd_rn(first, low(more))",
+            "first = first",
+            "the product with a bias is wrong",
+        ),
+        ("lane % 4 * 4)", "lane % 2 * 4)", "the product with a sum is wrong"),
+        (
+            "left_lower = __fmul_rn(lower",
+            "left_lower = __fmul_rn(upper",
+            "the product in FP32 is wrong",
+        ),
+    ):
+        use(monkeypatch, change=functools.partial(replaced, before, after))
+        assert name in hopper_gemm.failure(torch.device("cpu"))
+
+
+def replaced(before, after, text):
+    assert before in text, "the mutation is of code that is not there"
+    return text.replace(before, after)
 
 
 # What is changed, and what shows it: a message of the machine's, or a wrong result.
@@ -143,7 +216,7 @@ MUTATIONS = {
     "the wrong block's scale": ("w_scale = later;", "w_scale *= 1.0f;", "wrong"),
     "the next tile's scale": (": next.w_scales(a))", ": of_tile)", "wrong"),
     "no swizzle of the products": (" | (u64)1 << 62", "", "wrong|nobody has read"),
-    "no swizzle of the result": (" ^ (row % 8)", "", "wrong|two threads wrote"),
+    "no swizzle of the result": (" ^ row % 8)", ")", "wrong|two threads wrote"),
     "the wrong rows apart": ("(1024 >> 4) << 32", "(512 >> 4) << 32", "wrong|nobody has read"),
     "the wrong step along K": ("x + i * 2, w + i * 2", "x + i, w + i", "wrong|multiple"),
     "sums not begun anew": ("i > 0);", "true);", "is not emulated"),
@@ -155,16 +228,41 @@ MUTATIONS = {
     ),
     "no wgmma.fence": ("        mma_begin();\n", "", "wgmma.fence"),
     "too few bytes": ("X_BYTES + W_BYTES + SCALE_BYTES);", "X_BYTES + W_BYTES);", "."),
-    "no fence for the store": ("    copy_fence();\n", "", "had no fence"),
-    "no wait for the store": ("    if (thread == 0) wait_stores_read();\n", "", "still to read"),
-    "ended before the store": ("  if (thread == 0) wait_stores();\n", "", "before its stores"),
+    "no fence for the store": ("      copy_fence();\n", "", "had no fence"),
+    "no wait for the store": ("else if (thread == 0) wait_stores_read();", "", "still to read"),
+    "ended before the store": ("  if (SQUARE && thread == 0) wait_stores();\n", "", "before its"),
     "no fence for the barriers": ("    barrier_init_fence();\n", "", "had no fence"),
     "no barrier before the store": (
-        "    copy_fence();\n    sync_threads(1 + group, 128);\n",
-        "    copy_fence();\n",
+        "      copy_fence();\n      sync_threads(1 + group, 128);\n",
+        "      copy_fence();\n",
         "wrong|had no fence|still to read",
     ),
     "too many registers": ("<MULTIPLIER_REGISTERS>", "<MULTIPLIER_REGISTERS + 16>", "each other"),
+}
+OF_ADDENDS = {
+    "over what is still to be stored": (
+        "            wait_stores_read();\n",
+        "",
+        "has still to read",
+    ),
+    "no wait for it": (
+        "if (a.adds) barrier_wait(addend, parity);\n      else ",
+        "",
+        "wrong|nobody waited|never read|still to read|nobody has read",
+    ),
+    "the wrong parity": ("(addend, parity)", "(addend, parity ^ 1)", "wrong|nobody waited|read"),
+    "too few bytes": ("addend, 2 * D_PART_BYTES", "addend, D_PART_BYTES", "."),
+    "the wrong swizzle": ("(j + i / 2) % 8 ^ upper % 8", "(j + i / 2) % 8", "wrong"),
+}
+OF_GRADIENTS = {
+    "released too early": (
+        "        if (SQUARE && wave == WAVES - 1) release",
+        "        if (wave == WAVES - 1) release",
+        "went over|more arrivals|nobody waited|wait for each other|wrong",
+    ),
+    "the same column's scale twice": ("upper, scale.y)", "upper, scale.x)", "wrong"),
+    "the scales of other columns": ("TILE_M * 4, n, k);", "TILE_M * 4, m, k);", "wrong"),
+    "not added": ("a.adds ? both : more", "more", "wrong"),
 }
 OF_CLUSTERS = {
     "arrived at one's own block alone": (
@@ -187,18 +285,28 @@ OF_CLUSTERS = {
 }
 
 
-def found(monkeypatch, tiling, before, after, message, seeds=6):
-    """Whether one of some orders of events shows the mutation, as `message` says."""
-
-    def change(text):
-        assert before in text, "the mutation is of code that is not there"
-        return text.replace(before, after)
-
+def plain(tiling):
     x, w, want = case(384, 384, 1024)
+    return agrees(product(x, w.rows, tiling), want)
+
+
+def with_a_matrix(tiling):
+    x, w, want = case(384, 384, 1024)
+    return agrees(product(x, w.rows, tiling, add=want), 2 * want.float())
+
+
+def of_a_weight(tiling):
+    x, dy, want, tolerance = gradient_case(384, 384, 1024)
+    got = gradient(x, dy, want.clone(), tiling, accumulate=True)
+    return bool(((got - 2 * want).abs() <= 2 * tolerance).all())
+
+
+def found(monkeypatch, right, tiling, before, after, message, seeds=6):
+    """Whether one of some orders of events shows the mutation, as `message` says."""
     for seed in range(seeds):
-        use(monkeypatch, seed, change)
+        use(monkeypatch, seed, functools.partial(replaced, before, after))
         try:
-            said = "" if agrees(product(x, w.rows, tiling), want) else "wrong"
+            said = "" if right(tiling) else "wrong"
         except on_cpu.Failure as error:
             said = str(error)
         if said:
@@ -208,37 +316,53 @@ def found(monkeypatch, tiling, before, after, message, seeds=6):
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutations(name, monkeypatch):
-    assert found(monkeypatch, ALONE, *MUTATIONS[name])
+    assert found(monkeypatch, plain, ALONE, *MUTATIONS[name])
+
+
+@pytest.mark.parametrize("name", OF_ADDENDS)
+def test_mutations_of_addends(name, monkeypatch):
+    assert found(monkeypatch, with_a_matrix, ALONE, *OF_ADDENDS[name])
+
+
+@pytest.mark.parametrize("name", OF_GRADIENTS)
+def test_mutations_of_gradients(name, monkeypatch):
+    assert found(monkeypatch, of_a_weight, ALONE, *OF_GRADIENTS[name])
 
 
 @pytest.mark.parametrize("name", OF_CLUSTERS)
 def test_mutations_of_clusters(name, monkeypatch):
-    assert found(monkeypatch, hopper_gemm.TILING, *OF_CLUSTERS[name])
+    assert found(monkeypatch, plain, hopper_gemm.TILING, *OF_CLUSTERS[name])
 
 
 def test_what_does_not_fit():
     x, w, _ = case(256, 256, 256)
     out = torch.empty(256, 256, dtype=torch.bfloat16)
-    assert hopper_gemm.unfit(x.rows, w.rows, out) is None
-    assert "multiples of 128" in hopper_gemm.unfit(
-        Operand(x.rows.codes[:200], x.rows.scale_inv), w.rows, out[:200]
-    )
-    assert "float32" in hopper_gemm.unfit(x.rows, w.rows, out.float())
-    assert "contiguous" in hopper_gemm.unfit(x.rows, w.rows, out.t())
+
+    def said(to=out, rows=x.rows, square=True, **more):
+        return hopper_gemm.unfit(rows, w.rows, square, to, **more)
+
+    assert said() is None and said(add=out) is None and said(bias=out[0]) is None
+    assert "multiples of 128" in said(out[:200], Operand(x.rows.codes[:200], x.rows.scale_inv))
+    assert "float32" in said(out.float()) and "bfloat16" in said(square=False)
+    assert "contiguous" in said(out.t()) and "contiguous" in said(add=out.t())
     shifted = torch.empty(256 * 256 + 4, dtype=torch.bfloat16)[4:].view(256, 256)
-    assert "multiple of 16" in hopper_gemm.unfit(x.rows, w.rows, shifted)
+    assert "multiple of 16" in said(shifted)
+    assert "a bias and a matrix" in said(bias=out[0], add=out)
+    assert "the bias is torch.float32" in said(bias=out[0].float())
+    assert "torch.float32 [256, 256] is added" in said(add=out.float())
 
 
+@pytest.mark.parametrize("square", [True, False], ids=["fprop", "wgrad"])
 @pytest.mark.parametrize("name", TILINGS)
-def test_it_compiles_for_hopper(name, tmp_path):
+def test_it_compiles_for_hopper(name, square, tmp_path):
     """NVRTC, as at run time; the machine code has the instructions, each as often as it should."""
     try:
         nvrtc._nvrtc()
     except nvrtc.CudaError as error:
         pytest.skip(str(error))
     tiling, cubin = TILINGS[name], tmp_path / "kernel.cubin"
-    cubin.write_bytes(hopper_gemm.compile_kernel(tiling))
-    assert ctypes.sizeof(hopper_gemm._Arguments) == 576
+    cubin.write_bytes(hopper_gemm.compile_kernel(tiling, square))
+    assert ctypes.sizeof(hopper_gemm._Arguments) == 832
     found = importlib.util.find_spec("triton")
     disassembler = Path(found.origin).parent / "backends/nvidia/bin/cuobjdump"
     if not disassembler.exists():
@@ -254,12 +378,12 @@ def test_it_compiles_for_hopper(name, tmp_path):
     for instruction, count in (
         ("QGMMA.64x128x32.F32.E4M3.E4M3", 4 * tiling.tile_m // 128),
         ("WARPGROUP.DEPBAR", tiling.tile_m // 128),  # more of them: products wait for each other
-        ("UTMALDG.2D", 3),
+        ("UTMALDG.2D", 5 if square else 4),  # two of them for the matrix to add; one for W's scales
         ("UTMALDG.2D.MULTICAST", int(shared)),
-        ("UTMASTG.2D", 2),
-        ("STSM.16.M88.4", 8 * tiling.tile_m // 128),
+        ("UTMASTG.2D", 2 * square),
+        ("STSM.16.M88.4", 8 * tiling.tile_m // 128 * square),
         ("USETMAXREG", 2),
-        ("SYNCS.ARRIVE.TRANS64", 2),
+        ("SYNCS.ARRIVE.TRANS64", 2 + square),
         ("UCGABAR_WAIT", 2 * shared),
     ):
         assert code.count(instruction) == count, instruction
