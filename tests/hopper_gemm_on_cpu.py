@@ -37,7 +37,7 @@ def encode(wanted: hopper_gemm.Map) -> bytes:
     return struct.pack("<Q7I", *wanted).ljust(128, b"\0")
 
 
-def source(tiling: hopper_gemm.Tiling, square: bool, change: Callable[[str], str]) -> str:
+def source(tiling: hopper_gemm.Tiling, form: hopper_gemm.Form, change: Callable[[str], str]) -> str:
     """C++ of the kernel; `change` is a mutation of its text."""
     folder = resources.files("megatron_fp8_ext.kernels")
     shared, kernel = (
@@ -45,7 +45,7 @@ def source(tiling: hopper_gemm.Tiling, square: bool, change: Callable[[str], str
     )
     parts = [
         (cuda_on_cpu.HERE / "cuda_on_cpu.hpp").read_text(),
-        *(f"#define {name} {value}" for name, value in tiling.macros(square)),
+        *(f"#define {name} {value}" for name, value in tiling.macros(form)),
         cuda_on_cpu.without_ptx(shared),
         (cuda_on_cpu.HERE / "hopper_on_cpu.hpp").read_text(),
         (cuda_on_cpu.HERE / "wgmma_on_cpu.hpp").read_text(),
@@ -61,14 +61,14 @@ class Kernel:
     def __init__(
         self,
         tiling: hopper_gemm.Tiling,
-        square: bool,
+        form: hopper_gemm.Form,
         seed: int = 0,
         change: Callable[[str], str] = lambda text: text,
     ) -> None:
-        self._library = cuda_on_cpu.library(source(tiling, square, change))
+        self._library = cuda_on_cpu.library(source(tiling, form, change))
         self._library.launch.restype = ctypes.c_char_p
         self._tiling, self._seed = tiling, seed
-        assert self._library.shared_bytes_used() == tiling.shared(square)
+        assert self._library.shared_bytes_used() == tiling.shared(form.square)
         assert self._library.argument_bytes() == ctypes.sizeof(hopper_gemm._Arguments)
 
     def __call__(self, grid: tuple[int, int], threads: int, arguments: ctypes.Structure) -> None:

@@ -1,6 +1,6 @@
 // D = X W^T: X [M, K] and W [N, K], E4M3. For Hopper, compiled at run time. X has scales of 1x128. If SQUARE, as in
-// fprop and dgrad, W has scales of 128x128, and D [M, N] is BF16, to which a bias or a matrix is added before it is
-// rounded. Otherwise, as in wgrad, W's scales are of 1x128 too, and D is FP32, written or added to.
+// fprop and dgrad, W has scales of 128x128, and D [M, N] is BF16; with BIAS, or ADD, a bias or a matrix is added before it
+// is rounded. Otherwise, as in wgrad, W's scales are of 1x128 too, and D is FP32, written, or with ADD added to.
 //
 // One block a multiprocessor, which takes tile after tile. Of its three warpgroups the last one loads: one thread
 // issues the copies of a block of K (a stage) as soon as the one before it in that place is used up. The other two
@@ -9,12 +9,13 @@
 // nowhere, so one can write its result while the other multiplies. A cluster is two blocks with neighbouring tiles;
 // the operand that both need is loaded in halves, each for both.
 //
-// After hopper.cuh and hopper_async.cuh. Macros from hopper_gemm.py: SQUARE, TILE_M (128 or 256), CLUSTER_M (2: blocks
-// below each other, same rows of W), CLUSTER_N (2: beside each other, same rows of X), STAGES, LOADER_REGISTERS,
+// After hopper.cuh and hopper_async.cuh. Macros from hopper_gemm.py: SQUARE, BIAS, ADD, TILE_M (128 or 256), CLUSTER_M (2:
+// blocks below each other, same rows of W), CLUSTER_N (2: beside each other, same rows of X), STAGES, LOADER_REGISTERS,
 // MULTIPLIER_REGISTERS.
 
 #define CLUSTER (CLUSTER_M * CLUSTER_N)
 static_assert(CLUSTER <= 2 && (TILE_M == 128 || TILE_M == 256), "what the code below is written for");
+static_assert(!BIAS || (SQUARE && !ADD), "the same");
 
 constexpr int TILE_N = 128, BLOCK_K = 128;
 constexpr int MULTIPLIERS = 2, ROWS = TILE_M / MULTIPLIERS, WAVES = ROWS / 64;
@@ -33,15 +34,14 @@ static_assert(SHARED_BYTES <= 232448, "what a block can have");
 struct Arguments {
   TensorMap x, x_scales, w;  // [M, K], [K / 128, M], [N, K]
   TensorMap w_scales;        // [K / 128, N]; not if SQUARE
-  TensorMap d, addend;       // [M, N] BF16, if SQUARE
+  TensorMap d, addend;       // [M, N] BF16, if SQUARE, if ADD too
   const float *square_scales;  // W's, [N / 128, w_stride], if SQUARE
-  const u32 *bias;             // [N] BF16, or null
+  const u32 *bias;             // [N] BF16, if BIAS
   float *sums;                 // D, if not SQUARE
   int w_stride, w_rows;        // w_rows = N / 128
   int blocks;                  // K / 128
   int tiles_m, tiles_n;        // in clusters
   int m;
-  int adds;  // SQUARE: whether the addend is added; otherwise: whether D is
 };
 
 // A tile, of those that the cluster takes: clusters go down a group's rows, then on to the next columns.
@@ -115,8 +115,7 @@ __device__ __forceinline__ void release(u32 shared, const Stage &stage, u32 lane
 
 // 64 rows of a warpgroup's part of D, with the bias or the addend, which lies where D will: BF16 to shared memory, as
 // copies of 64 columns with a 128-byte swizzle read it.
-__device__ __forceinline__ void store_wave(const Arguments &a, const float (&sum)[64], const u32 *bias, u32 rows,
-                                           u32 warp, u32 lane) {
+__device__ __forceinline__ void store_wave(const float (&sum)[64], const u32 *bias, u32 rows, u32 warp, u32 lane) {
   const u32 row = warp * 16 + lane % 16, upper = warp * 16 + lane / 4;
 #pragma unroll
   for (int j = 0; j < 16; j += 2) {  // columns 8 j to 8 j + 15
@@ -125,15 +124,15 @@ __device__ __forceinline__ void store_wave(const Arguments &a, const float (&sum
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       float first = sum[4 * j + 2 * i], second = sum[4 * j + 2 * i + 1];
-      if (bias || a.adds) {
+      if (BIAS || ADD) {
         const u32 chunk = (j + i / 2) % 8 ^ upper % 8;
-        const u32 more = bias ? __ldg(bias + (j + i / 2) * 4)
+        const u32 more = BIAS ? __ldg(bias + (j + i / 2) * 4)
                               : load_shared_pair(part + (upper + i % 2 * 8) * 128 + chunk * 16 + lane % 4 * 4);
         first = __fadd_rn(first, low(more)), second = __fadd_rn(second, high(more));
       }
       pairs[i] = round_pair(first, second);
     }
-    __syncwarp();  // it has read what it writes over
+    if (ADD) __syncwarp();  // it has read what it writes over
     store_matrices(part + row * 128 + ((j % 8 + lane / 16) ^ row % 8) * 16, pairs[0], pairs[1], pairs[2], pairs[3]);
   }
 }
@@ -147,13 +146,13 @@ __device__ __forceinline__ void store_sums(const Arguments &a, const float (&sum
 #pragma unroll
   for (int i = 0; i < 32; i++) {
     total[i] = {0.0f, 0.0f};
-    if (a.adds) total[i] = *(const float2 *)(to + i / 2 * 8 + i % 2 * 8 * columns);
+    if (ADD) total[i] = *(const float2 *)(to + i / 2 * 8 + i % 2 * 8 * columns);
   }
 #pragma unroll
   for (int i = 0; i < 32; i++) {
     const float2 more = {sum[2 * i], sum[2 * i + 1]};
     const float2 both = {__fadd_rn(total[i].x, more.x), __fadd_rn(total[i].y, more.y)};
-    *(float2 *)(to + i / 2 * 8 + i % 2 * 8 * columns) = a.adds ? both : more;
+    *(float2 *)(to + i / 2 * 8 + i % 2 * 8 * columns) = ADD ? both : more;
   }
 }
 
@@ -214,13 +213,15 @@ __device__ __forceinline__ void multiply_tiles(const Arguments &a, u32 shared, u
         if (wave == 0) {  // what comes next, while the tensor cores work
           if (k == 0) next = tile.next(a, rank);
           if (SQUARE) later = __ldg(k + 1 < a.blocks ? of_tile + k + 1 : next.w_scales(a));
-          if (SQUARE && a.adds && k == 0 && thread == 0) {
-            wait_stores_read();
-            barrier_expect(addend, 2 * D_PART_BYTES);
-            load_box(&a.addend, addend, d_at, column, row);
-            load_box(&a.addend, addend, d_at + D_PART_BYTES, column + 64, row);
+          if (SQUARE && ADD && k == 0) {
+            if (thread == 0) {
+              wait_stores_read();
+              barrier_expect(addend, 2 * D_PART_BYTES);
+              load_box(&a.addend, addend, d_at, column, row);
+              load_box(&a.addend, addend, d_at + D_PART_BYTES, column + 64, row);
+            }
+            __syncwarp();
           }
-          __syncwarp();
         }
         mma_wait();
         pin(part);
@@ -236,12 +237,12 @@ __device__ __forceinline__ void multiply_tiles(const Arguments &a, u32 shared, u
       for (int wave = 0; wave < WAVES; wave++)
         if (row + wave * 64 < a.m && tile.n < a.w_rows) store_sums(a, sum[wave], row + wave * 64 + warp * 16, column, lane);
     } else {
-      if (a.adds) barrier_wait(addend, parity);
+      if (ADD) barrier_wait(addend, parity);
       else if (thread == 0) wait_stores_read();
       sync_threads(1 + group, 128);
-      const u32 *bias = a.bias ? a.bias + min(tile.n, a.w_rows - 1) * (TILE_N / 2) + lane % 4 : nullptr;
+      const u32 *bias = BIAS ? a.bias + min(tile.n, a.w_rows - 1) * (TILE_N / 2) + lane % 4 : nullptr;
 #pragma unroll
-      for (int wave = 0; wave < WAVES; wave++) store_wave(a, sum[wave], bias, d_at + wave * 64 * 128, warp, lane);
+      for (int wave = 0; wave < WAVES; wave++) store_wave(sum[wave], bias, d_at + wave * 64 * 128, warp, lane);
       copy_fence();
       sync_threads(1 + group, 128);
       if (thread == 0) {

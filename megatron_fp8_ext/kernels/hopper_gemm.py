@@ -28,6 +28,20 @@ MOST_SHARED = 232448  # bytes of shared memory that a block can have
 PROCESSORS = 132  # of an H100 or H200 (SXM); `best` counts by it on any GPU
 
 
+class Form(NamedTuple):
+    """What is computed; each form is compiled by itself.
+
+    Attributes:
+        square: whether `w` has scales of 128x128 and the result is BF16; otherwise 1x128 and FP32.
+        bias: whether a bias is added; BF16 only.
+        add: whether a matrix is added, or the FP32 result is added to.
+    """
+
+    square: bool
+    bias: bool = False
+    add: bool = False
+
+
 class Tiling(NamedTuple):
     """How the product is cut.
 
@@ -61,14 +75,16 @@ class Tiling(NamedTuple):
         """Bytes of shared memory: `SHARED_BYTES` of the source."""
         return self._fixed(square) + self.stages(square) * self._stage(square)
 
-    def macros(self, square: bool) -> hopper.Macros:
+    def macros(self, form: Form) -> hopper.Macros:
         """The macros of hopper_gemm.cu."""
         return (
-            ("SQUARE", int(square)),
+            ("SQUARE", int(form.square)),
+            ("BIAS", int(form.bias)),
+            ("ADD", int(form.add)),
             ("TILE_M", self.tile_m),
             ("CLUSTER_M", self.below),
             ("CLUSTER_N", self.beside),
-            ("STAGES", self.stages(square)),
+            ("STAGES", self.stages(form.square)),
             ("LOADER_REGISTERS", LOADER_REGISTERS),
             ("MULTIPLIER_REGISTERS", MULTIPLIER_REGISTERS),
         )
@@ -96,9 +112,9 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("square_scales", "bias", "sums")),
         *(
             (name, ctypes.c_int)
-            for name in ("w_stride", "w_rows", "blocks", "tiles_m", "tiles_n", "m", "adds")
+            for name in ("w_stride", "w_rows", "blocks", "tiles_m", "tiles_n", "m")
         ),
-        ("rest", ctypes.c_uint8 * 12),
+        ("rest", ctypes.c_uint8 * 16),
     ]
 
 
@@ -215,7 +231,7 @@ class _Problem(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _arguments(of: _Problem, square: bool, accumulate: bool, tiling: Tiling) -> _Arguments:
+def _arguments(of: _Problem, form: Form, tiling: Tiling) -> _Arguments:
     """The kernel's arguments; training meets the same addresses again and again."""
     m, n, k, (tile_m, below, beside) = of.m, of.n, of.k, tiling
     made = _Arguments(w_stride=of.w_stride, w_rows=n // BLOCK, blocks=k // BLOCK, m=m)
@@ -225,28 +241,28 @@ def _arguments(of: _Problem, square: bool, accumulate: bool, tiling: Tiling) -> 
         "x_scales": Map(of.x_scales, 4, m, k // BLOCK, 4 * of.x_stride, tile_m, 1, False),
         "w": Map(of.w, 1, k, n, k, BLOCK, BLOCK // below, True),
     }
-    if square:
-        made.square_scales, made.bias, made.adds = of.w_scales, of.bias, bool(of.add)
+    if form.square:
+        made.square_scales, made.bias = of.w_scales, of.bias
         maps["d"] = Map(of.out, 2, n, m, 2 * n, 64, tile_m // 2, True)
-        if of.add:
+        if form.add:
             maps["addend"] = maps["d"]._replace(address=of.add)
     else:
-        made.sums, made.adds = of.out, accumulate
+        made.sums = of.out
         maps["w_scales"] = Map(of.w_scales, 4, n, k // BLOCK, 4 * of.w_stride, BLOCK, 1, False)
     for name, wanted in maps.items():
         getattr(made, name)[:] = encode(wanted)
     return made
 
 
-def compile_kernel(tiling: Tiling, square: bool) -> bytes:
+def compile_kernel(tiling: Tiling, form: Form) -> bytes:
     """Return the cubin; needs no GPU."""
-    return hopper.compile_kernel(FILE, tiling.macros(square), ("hopper.cuh", "hopper_async.cuh"))
+    return hopper.compile_kernel(FILE, tiling.macros(form), ("hopper.cuh", "hopper_async.cuh"))
 
 
 @functools.cache
-def _kernel(device: int, tiling: Tiling, square: bool) -> Any:
+def _kernel(device: int, tiling: Tiling, form: Form) -> Any:
     with torch.cuda.device(device):
-        return nvrtc.Kernel(compile_kernel(tiling, square), ENTRY, tiling.shared(square))
+        return nvrtc.Kernel(compile_kernel(tiling, form), ENTRY, tiling.shared(form.square))
 
 
 def matmul(
@@ -287,10 +303,11 @@ def matmul(
         *(x.codes.shape[0], w.codes.shape[0], x.codes.shape[1]),
         *(x.scale_inv.stride(0), w.scale_inv.stride(0)),
     )
-    made = _arguments(problem, square, accumulate, tiling)
+    form = Form(square, bias is not None, accumulate or add is not None)
+    made = _arguments(problem, form, tiling)
     device = out.device.index
     clusters = min(made.tiles_m * made.tiles_n, support.processors(out.device) // tiling.cluster)
-    found = _kernel(device, tiling, square)
+    found = _kernel(device, tiling, form)
     hopper.launch(found, device, (clusters * tiling.cluster, 1), THREADS, made)
     return out
 

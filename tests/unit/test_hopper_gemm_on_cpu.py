@@ -23,6 +23,13 @@ pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="tests/gpu/test_hopper_gemm.py runs it on the GPU"),
 ]
 TILINGS = hopper_gemm.TILINGS
+FORMS = {
+    hopper_gemm.Form(True): "product",
+    hopper_gemm.Form(True, bias=True): "with a bias",
+    hopper_gemm.Form(True, add=True): "with a matrix",
+    hopper_gemm.Form(False): "gradient",
+    hopper_gemm.Form(False, add=True): "added gradient",
+}
 ALONE, BELOW = TILINGS["128x128, alone"], TILINGS["128x128, two below"]
 
 
@@ -42,7 +49,7 @@ def use(monkeypatch, seed=0, change=lambda text: text):
     monkeypatch.setattr(
         hopper_gemm,
         "_kernel",
-        lambda device, tiling, square: on_cpu.Kernel(tiling, square, seed, change),
+        lambda device, tiling, form: on_cpu.Kernel(tiling, form, seed, change),
     )
 
 
@@ -246,7 +253,7 @@ OF_ADDENDS = {
         "has still to read",
     ),
     "no wait for it": (
-        "if (a.adds) barrier_wait(addend, parity);\n      else ",
+        "if (ADD) barrier_wait(addend, parity);\n      else ",
         "",
         "wrong|nobody waited|never read|still to read|nobody has read",
     ),
@@ -262,7 +269,7 @@ OF_GRADIENTS = {
     ),
     "the same column's scale twice": ("upper, scale.y)", "upper, scale.x)", "wrong"),
     "the scales of other columns": ("TILE_M * 4, n, k);", "TILE_M * 4, m, k);", "wrong"),
-    "not added": ("a.adds ? both : more", "more", "wrong"),
+    "not added": ("ADD ? both : more", "more", "wrong"),
 }
 OF_CLUSTERS = {
     "arrived at one's own block alone": (
@@ -352,16 +359,17 @@ def test_what_does_not_fit():
     assert "torch.float32 [256, 256] is added" in said(add=out.float())
 
 
-@pytest.mark.parametrize("square", [True, False], ids=["fprop", "wgrad"])
+@pytest.mark.parametrize("form", FORMS, ids=FORMS.get)
 @pytest.mark.parametrize("name", TILINGS)
-def test_it_compiles_for_hopper(name, square, tmp_path):
+def test_it_compiles_for_hopper(name, form, tmp_path):
     """NVRTC, as at run time; the machine code has the instructions, each as often as it should."""
     try:
         nvrtc._nvrtc()
     except nvrtc.CudaError as error:
         pytest.skip(str(error))
+    square = form.square
     tiling, cubin = TILINGS[name], tmp_path / "kernel.cubin"
-    cubin.write_bytes(hopper_gemm.compile_kernel(tiling, square))
+    cubin.write_bytes(hopper_gemm.compile_kernel(tiling, form))
     assert ctypes.sizeof(hopper_gemm._Arguments) == 832
     found = importlib.util.find_spec("triton")
     disassembler = Path(found.origin).parent / "backends/nvidia/bin/cuobjdump"
@@ -378,12 +386,12 @@ def test_it_compiles_for_hopper(name, square, tmp_path):
     for instruction, count in (
         ("QGMMA.64x128x32.F32.E4M3.E4M3", 4 * tiling.tile_m // 128),
         ("WARPGROUP.DEPBAR", tiling.tile_m // 128),  # more of them: products wait for each other
-        ("UTMALDG.2D", 5 if square else 4),  # two of them for the matrix to add; one for W's scales
+        ("UTMALDG.2D", 3 + (2 * form.add if square else 1)),  # the matrix to add; W's scales
         ("UTMALDG.2D.MULTICAST", int(shared)),
         ("UTMASTG.2D", 2 * square),
         ("STSM.16.M88.4", 8 * tiling.tile_m // 128 * square),
         ("USETMAXREG", 2),
-        ("SYNCS.ARRIVE.TRANS64", 2 + square),
+        ("SYNCS.ARRIVE.TRANS64", 2 + (square and form.add)),
         ("UCGABAR_WAIT", 2 * shared),
     ):
         assert code.count(instruction) == count, instruction
