@@ -68,7 +68,7 @@ class Kernel:
         self._library = cuda_on_cpu.library(source(tiling, form, change))
         self._library.launch.restype = ctypes.c_char_p
         self._tiling, self._seed = tiling, seed
-        assert self._library.shared_bytes_used() == tiling.shared(form.square)
+        assert self._library.shared_bytes_used() == tiling.shared()
         assert self._library.argument_bytes() == ctypes.sizeof(hopper_gemm._Arguments)
 
     def __call__(self, grid: tuple[int, int], threads: int, arguments: ctypes.Structure) -> None:

@@ -125,7 +125,6 @@ T read_shared(u32 address) {
 }
 inline float load_shared(u32 address) { return read_shared<float>(address); }
 inline u32 load_shared_pair(u32 address) { return read_shared<u32>(address); }
-inline float2 load_shared_two(u32 address) { return read_shared<float2>(address); }
 
 struct Mbarrier { bool made, fenced, observed; int maker, expected, pending; long bytes, phase; };
 static Mbarrier barriers[MAX_BLOCKS][SHARED_SIZE / 8];

@@ -30,12 +30,6 @@ __device__ __forceinline__ u32 load_shared_pair(u32 at) {  // two of BF16
   return pair;
 }
 
-__device__ __forceinline__ float2 load_shared_two(u32 at) {
-  float2 two;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(two.x), "=f"(two.y) : "r"(at) : "memory");
-  return two;
-}
-
 // An illegal store, which ends the launch. Not `trap`: with it in a wait ptxas (CUDA 13.0) spills accumulators.
 __device__ __forceinline__ void give_up() {
   asm volatile("st.global.u32 [%0], %1;" ::"l"((u64)0), "r"(0) : "memory");

@@ -1,6 +1,5 @@
-// D = X W^T: X [M, K] and W [N, K], E4M3. For Hopper, compiled at run time. X has scales of 1x128. If SQUARE, as in
-// fprop and dgrad, W has scales of 128x128, and D [M, N] is BF16; with BIAS, or ADD, a bias or a matrix is added before it
-// is rounded. Otherwise, as in wgrad, W's scales are of 1x128 too, and D is FP32, written, or with ADD added to.
+// D = X W^T (+ a bias) (+ a matrix): X [M, K] E4M3 with scales of 1x128, W [N, K] E4M3 with scales of 128x128, D [M, N]
+// BF16; the sum is rounded once. For Hopper, compiled at run time.
 //
 // One block a multiprocessor, which takes tile after tile. Of its three warpgroups the last one loads: one thread
 // issues the copies of a block of K (a stage) as soon as the one before it in that place is used up. The other two
@@ -9,21 +8,20 @@
 // nowhere, so one can write its result while the other multiplies. A cluster is two blocks with neighbouring tiles;
 // the operand that both need is loaded in halves, each for both.
 //
-// After hopper.cuh and hopper_async.cuh. Macros from hopper_gemm.py: SQUARE, BIAS, ADD, TILE_M (128 or 256), CLUSTER_M (2:
-// blocks below each other, same rows of W), CLUSTER_N (2: beside each other, same rows of X), STAGES, LOADER_REGISTERS,
-// MULTIPLIER_REGISTERS.
+// After hopper.cuh and hopper_async.cuh. Macros from hopper_gemm.py: BIAS or ADD (what is added), TILE_M (128 or 256), CLUSTER_M
+// (2: blocks below each other, same rows of W), CLUSTER_N (2: beside each other, same rows of X), STAGES,
+// LOADER_REGISTERS, MULTIPLIER_REGISTERS.
 
 #define CLUSTER (CLUSTER_M * CLUSTER_N)
 static_assert(CLUSTER <= 2 && (TILE_M == 128 || TILE_M == 256), "what the code below is written for");
-static_assert(!BIAS || (SQUARE && !ADD), "the same");
+static_assert(!BIAS || !ADD, "the same");
 
 constexpr int TILE_N = 128, BLOCK_K = 128;
 constexpr int MULTIPLIERS = 2, ROWS = TILE_M / MULTIPLIERS, WAVES = ROWS / 64;
 constexpr int GROUP = 8;  // clusters of rows that share columns of W in the L2 cache
 
-constexpr u32 X_BYTES = TILE_M * BLOCK_K, W_BYTES = TILE_N * BLOCK_K;
-constexpr u32 SCALE_BYTES = (SQUARE ? TILE_M : TILE_M + TILE_N) * 4;  // of X, then of W
-constexpr u32 D_PART_BYTES = SQUARE ? ROWS * 128 : 0;                 // 64 columns of one warpgroup's rows
+constexpr u32 X_BYTES = TILE_M * BLOCK_K, W_BYTES = TILE_N * BLOCK_K, SCALE_BYTES = TILE_M * 4;
+constexpr u32 D_PART_BYTES = ROWS * 128;  // 64 columns of one warpgroup's rows
 // Shared memory, from its start; a multiple of 1024 bytes for each part that is swizzled.
 constexpr u32 D_AT = 0, X_AT = D_AT + MULTIPLIERS * 2 * D_PART_BYTES, W_AT = X_AT + STAGES * X_BYTES;
 constexpr u32 SCALES_AT = W_AT + STAGES * W_BYTES, FULL_AT = SCALES_AT + STAGES * SCALE_BYTES;
@@ -32,16 +30,13 @@ constexpr u32 SHARED_BYTES = ADDEND_AT + MULTIPLIERS * 8;
 static_assert(SHARED_BYTES <= 232448, "what a block can have");
 
 struct Arguments {
-  TensorMap x, x_scales, w;  // [M, K], [K / 128, M], [N, K]
-  TensorMap w_scales;        // [K / 128, N]; not if SQUARE
-  TensorMap d, addend;       // [M, N] BF16, if SQUARE, if ADD too
-  const float *square_scales;  // W's, [N / 128, w_stride], if SQUARE
-  const u32 *bias;             // [N] BF16, if BIAS
-  float *sums;                 // D, if not SQUARE
-  int w_stride, w_rows;        // w_rows = N / 128
-  int blocks;                  // K / 128
-  int tiles_m, tiles_n;        // in clusters
-  int m;
+  TensorMap x, x_scales, w, d;  // [M, K], [K / 128, M], [N, K], [M, N]
+  TensorMap addend;             // [M, N], if ADD
+  const float *w_scales;        // [N / 128, w_stride]
+  const u32 *bias;              // [N] BF16, if BIAS
+  int w_stride, w_rows;         // w_rows = N / 128
+  int blocks;                   // K / 128
+  int tiles_m, tiles_n;         // in clusters
 };
 
 // A tile, of those that the cluster takes: clusters go down a group's rows, then on to the next columns.
@@ -61,7 +56,7 @@ struct Tile {
   }
   // Its row of W's scales; a cluster's second block may have no columns, and reads what is there.
   __device__ __forceinline__ const float *w_scales(const Arguments &a) const {
-    return a.square_scales + (size_t)min(n, a.w_rows - 1) * a.w_stride;
+    return a.w_scales + (size_t)min(n, a.w_rows - 1) * a.w_stride;
   }
 };
 
@@ -92,7 +87,6 @@ __device__ __forceinline__ void load_tiles(const Arguments &a, u32 shared, u32 r
       load_rows<CLUSTER_N, TILE_M>(&a.x, full, shared + X_AT + stage.index * X_BYTES, column, m, rank);
       load_rows<CLUSTER_M, TILE_N>(&a.w, full, shared + W_AT + stage.index * W_BYTES, column, n, rank);
       load_box(&a.x_scales, full, shared + SCALES_AT + stage.index * SCALE_BYTES, m, k);
-      if (!SQUARE) load_box(&a.w_scales, full, shared + SCALES_AT + stage.index * SCALE_BYTES + TILE_M * 4, n, k);
     }
 }
 
@@ -102,13 +96,24 @@ __device__ __forceinline__ u64 matrix_at(u32 at) {
   return (u64)((at & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
+// Whether these are in registers, which is always so: who asks waits for it. An arrival does not wait by itself for
+// loads from shared memory that were issued before, and a copy may overtake them (seen on an H200). No product of
+// numbers has all bits set.
+template <int COUNT>
+__device__ __forceinline__ bool are_loaded(const float (&one)[COUNT], const float (&other)[COUNT]) {
+  u32 bits = ~0u;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) bits &= __float_as_uint(one[i]) & __float_as_uint(other[i]);
+  return bits != ~0u;
+}
+
 // A warp has read the stage: both blocks' loaders write it.
-__device__ __forceinline__ void release(u32 shared, const Stage &stage, u32 lane) {
+__device__ __forceinline__ void release(u32 shared, const Stage &stage, u32 lane, bool loaded) {
   const u32 empty = shared + EMPTY_AT + stage.index * 8;
   __syncwarp();
   if (CLUSTER == 1) {
-    if (lane == 0) barrier_arrive(empty);
-  } else if (lane < CLUSTER) {
+    if (lane == 0 && loaded) barrier_arrive(empty);
+  } else if (lane < CLUSTER && loaded) {
     barrier_arrive_at(empty, lane);
   }
 }
@@ -137,53 +142,14 @@ __device__ __forceinline__ void store_wave(const float (&sum)[64], const u32 *bi
   }
 }
 
-// The same rows in FP32 to D itself, or added to it; all is read before anything is written, so reads don't wait for
-// each other.
-__device__ __forceinline__ void store_sums(const Arguments &a, const float (&sum)[64], int row, int column, u32 lane) {
-  const size_t columns = (size_t)a.w_rows * TILE_N;
-  float *to = a.sums + (row + lane / 4) * columns + column + lane % 4 * 2;
-  float2 total[32];
-#pragma unroll
-  for (int i = 0; i < 32; i++) {
-    total[i] = {0.0f, 0.0f};
-    if (ADD) total[i] = *(const float2 *)(to + i / 2 * 8 + i % 2 * 8 * columns);
-  }
-#pragma unroll
-  for (int i = 0; i < 32; i++) {
-    const float2 more = {sum[2 * i], sum[2 * i + 1]};
-    const float2 both = {__fadd_rn(total[i].x, more.x), __fadd_rn(total[i].y, more.y)};
-    *(float2 *)(to + i / 2 * 8 + i % 2 * 8 * columns) = ADD ? both : more;
-  }
-}
-
-// Adds the products of a block of K, times their scales. `columns`: W's scales of this thread's columns, if not SQUARE;
-// otherwise they are in `upper` and `lower`, of the rows.
-__device__ __forceinline__ void add_scaled(float (&sum)[64], const float (&part)[64], float upper, float lower,
-                                           u32 columns) {
-#pragma unroll
-  for (int i = 0; i < 64; i += 4) {
-    float left_upper = upper, right_upper = upper, left_lower = lower, right_lower = lower;
-    if (!SQUARE) {
-      const float2 scale = load_shared_two(columns + i / 4 * 32);
-      left_upper = __fmul_rn(upper, scale.x), right_upper = __fmul_rn(upper, scale.y);
-      left_lower = __fmul_rn(lower, scale.x), right_lower = __fmul_rn(lower, scale.y);
-    }
-    sum[i] = __fmaf_rn(part[i], left_upper, sum[i]);
-    sum[i + 1] = __fmaf_rn(part[i + 1], right_upper, sum[i + 1]);
-    sum[i + 2] = __fmaf_rn(part[i + 2], left_lower, sum[i + 2]);
-    sum[i + 3] = __fmaf_rn(part[i + 3], right_lower, sum[i + 3]);
-  }
-}
-
 __device__ __forceinline__ void multiply_tiles(const Arguments &a, u32 shared, u32 rank, u32 group) {
   const u32 thread = threadIdx.x % 128, warp = __shfl_sync(~0u, thread / 32, 0), lane = thread % 32;
   const u32 d_at = shared + D_AT + group * 2 * D_PART_BYTES, addend = shared + ADDEND_AT + group * 8;
   const u64 x_at = matrix_at(shared + X_AT + group * ROWS * BLOCK_K), w_at = matrix_at(shared + W_AT);
   const u32 scales_at = shared + SCALES_AT + (group * ROWS + warp * 16 + lane / 4) * 4;
-  const u32 columns_at = shared + SCALES_AT + (TILE_M + lane % 4 * 2) * 4;
   Stage stage;
   Tile tile(a, blockIdx.x / CLUSTER, rank);
-  float w_scale = SQUARE ? __ldg(tile.w_scales(a)) : 1.0f;
+  float w_scale = __ldg(tile.w_scales(a));
   for (u32 parity = 0; tile.exists; parity ^= 1) {
     const int row = tile.m * TILE_M + group * ROWS, column = tile.n * TILE_N;
     Tile next = tile;
@@ -191,7 +157,7 @@ __device__ __forceinline__ void multiply_tiles(const Arguments &a, u32 shared, u
     float sum[WAVES][64] = {};
 #pragma unroll 1
     for (int k = 0; k < a.blocks; k++, stage.advance()) {
-      float upper[WAVES], lower[WAVES], later = 1.0f;  // scales: of rows, 8 apart, if SQUARE times W's
+      float upper[WAVES], lower[WAVES], later;  // scales: of rows, 8 apart, times W's
       barrier_wait(shared + FULL_AT + stage.index * 8, stage.parity);
 #pragma unroll
       for (int wave = 0; wave < WAVES; wave++) {
@@ -212,8 +178,8 @@ __device__ __forceinline__ void multiply_tiles(const Arguments &a, u32 shared, u
         pin(part);
         if (wave == 0) {  // what comes next, while the tensor cores work
           if (k == 0) next = tile.next(a, rank);
-          if (SQUARE) later = __ldg(k + 1 < a.blocks ? of_tile + k + 1 : next.w_scales(a));
-          if (SQUARE && ADD && k == 0) {
+          later = __ldg(k + 1 < a.blocks ? of_tile + k + 1 : next.w_scales(a));
+          if (ADD && k == 0) {
             if (thread == 0) {
               wait_stores_read();
               barrier_expect(addend, 2 * D_PART_BYTES);
@@ -225,35 +191,33 @@ __device__ __forceinline__ void multiply_tiles(const Arguments &a, u32 shared, u
         }
         mma_wait();
         pin(part);
-        // W's scales are read with the sums.
-        if (SQUARE && wave == WAVES - 1) release(shared, stage, lane);
-        add_scaled(sum[wave], part, upper[wave], lower[wave], columns_at + stage.index * SCALE_BYTES);
-        if (!SQUARE && wave == WAVES - 1) release(shared, stage, lane);
+        if (wave == WAVES - 1) release(shared, stage, lane, are_loaded(upper, lower));
+#pragma unroll
+        for (int i = 0; i < 64; i += 4) {
+          sum[wave][i] = __fmaf_rn(part[i], upper[wave], sum[wave][i]);
+          sum[wave][i + 1] = __fmaf_rn(part[i + 1], upper[wave], sum[wave][i + 1]);
+          sum[wave][i + 2] = __fmaf_rn(part[i + 2], lower[wave], sum[wave][i + 2]);
+          sum[wave][i + 3] = __fmaf_rn(part[i + 3], lower[wave], sum[wave][i + 3]);
+        }
       }
       w_scale = later;
     }
-    if (!SQUARE) {
+    if (ADD) barrier_wait(addend, parity);
+    else if (thread == 0) wait_stores_read();
+    sync_threads(1 + group, 128);
+    const u32 *bias = BIAS ? a.bias + min(tile.n, a.w_rows - 1) * (TILE_N / 2) + lane % 4 : nullptr;
 #pragma unroll
-      for (int wave = 0; wave < WAVES; wave++)
-        if (row + wave * 64 < a.m && tile.n < a.w_rows) store_sums(a, sum[wave], row + wave * 64 + warp * 16, column, lane);
-    } else {
-      if (ADD) barrier_wait(addend, parity);
-      else if (thread == 0) wait_stores_read();
-      sync_threads(1 + group, 128);
-      const u32 *bias = BIAS ? a.bias + min(tile.n, a.w_rows - 1) * (TILE_N / 2) + lane % 4 : nullptr;
-#pragma unroll
-      for (int wave = 0; wave < WAVES; wave++) store_wave(sum[wave], bias, d_at + wave * 64 * 128, warp, lane);
-      copy_fence();
-      sync_threads(1 + group, 128);
-      if (thread == 0) {
-        store_box(&a.d, d_at, column, row);
-        store_box(&a.d, d_at + D_PART_BYTES, column + 64, row);
-        commit_stores();
-      }
+    for (int wave = 0; wave < WAVES; wave++) store_wave(sum[wave], bias, d_at + wave * 64 * 128, warp, lane);
+    copy_fence();
+    sync_threads(1 + group, 128);
+    if (thread == 0) {
+      store_box(&a.d, d_at, column, row);
+      store_box(&a.d, d_at + D_PART_BYTES, column + 64, row);
+      commit_stores();
     }
     tile = next;
   }
-  if (SQUARE && thread == 0) wait_stores();
+  if (thread == 0) wait_stores();
 }
 
 constexpr int THREADS = 128 * (MULTIPLIERS + 1);

@@ -1,6 +1,6 @@
-"""Products of block-scaled FP8 operands by a kernel of our own for Hopper (`hopper_gemm.cu`).
+"""x w^T (+ a bias, + a matrix) in block-scaled FP8 by a kernel of our own for Hopper (`hopper_gemm.cu`).
 
-Its bits are cuBLASLt's (tests/gpu/test_hopper_gemm.py). `best` says for which products it is the faster one.
+Its bits are cuBLASLt's (tests/gpu/test_hopper_gemm.py). `suits` says for which products it is the faster one.
 The plan, tiles of 256 x 128 by two warpgroups that multiply and one that loads, is like DeepGEMM's.
 """
 
@@ -25,19 +25,11 @@ THREADS, MULTIPLIERS = 384, 2  # two warpgroups multiply, one loads
 # What a block's 384 threads are launched with, 168 each, shared out: 128 x 40 + 256 x 232.
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
 MOST_SHARED = 232448  # bytes of shared memory that a block can have
-PROCESSORS = 132  # of an H100 or H200 (SXM); `best` counts by it on any GPU
 
 
 class Form(NamedTuple):
-    """What is computed; each form is compiled by itself.
+    """What is added to the product, at most one of both; each form is compiled by itself."""
 
-    Attributes:
-        square: whether `w` has scales of 128x128 and the result is BF16; otherwise 1x128 and FP32.
-        bias: whether a bias is added; BF16 only.
-        add: whether a matrix is added, or the FP32 result is added to.
-    """
-
-    square: bool
     bias: bool = False
     add: bool = False
 
@@ -60,31 +52,29 @@ class Tiling(NamedTuple):
         """Blocks of a cluster."""
         return self.below * self.beside
 
-    def _stage(self, square: bool) -> int:
-        scales = self.tile_m if square else self.tile_m + BLOCK
-        return (self.tile_m + BLOCK) * BLOCK + scales * 4 + 16  # and two barriers
+    def _stage(self) -> int:
+        return (self.tile_m + BLOCK) * BLOCK + self.tile_m * 4 + 16  # two barriers
 
-    def _fixed(self, square: bool) -> int:
-        return (self.tile_m * BLOCK * 2 if square else 0) + MULTIPLIERS * 8
+    def _fixed(self) -> int:
+        return self.tile_m * BLOCK * 2 + MULTIPLIERS * 8
 
-    def stages(self, square: bool) -> int:
+    def stages(self) -> int:
         """Blocks of K in shared memory: as many as it has room for."""
-        return (MOST_SHARED - self._fixed(square)) // self._stage(square)
+        return (MOST_SHARED - self._fixed()) // self._stage()
 
-    def shared(self, square: bool) -> int:
+    def shared(self) -> int:
         """Bytes of shared memory: `SHARED_BYTES` of the source."""
-        return self._fixed(square) + self.stages(square) * self._stage(square)
+        return self._fixed() + self.stages() * self._stage()
 
     def macros(self, form: Form) -> hopper.Macros:
         """The macros of hopper_gemm.cu."""
         return (
-            ("SQUARE", int(form.square)),
             ("BIAS", int(form.bias)),
             ("ADD", int(form.add)),
             ("TILE_M", self.tile_m),
             ("CLUSTER_M", self.below),
             ("CLUSTER_N", self.beside),
-            ("STAGES", self.stages(form.square)),
+            ("STAGES", self.stages()),
             ("LOADER_REGISTERS", LOADER_REGISTERS),
             ("MULTIPLIER_REGISTERS", MULTIPLIER_REGISTERS),
         )
@@ -105,16 +95,10 @@ class _Arguments(ctypes.Structure):
     """`struct Arguments` of the source; tensor maps make its size a multiple of 64."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_uint8 * 128)
-            for name in ("x", "x_scales", "w", "w_scales", "d", "addend")
-        ),
-        *((name, ctypes.c_void_p) for name in ("square_scales", "bias", "sums")),
-        *(
-            (name, ctypes.c_int)
-            for name in ("w_stride", "w_rows", "blocks", "tiles_m", "tiles_n", "m")
-        ),
-        ("rest", ctypes.c_uint8 * 16),
+        *((name, ctypes.c_uint8 * 128) for name in ("x", "x_scales", "w", "d", "addend")),
+        *((name, ctypes.c_void_p) for name in ("w_scales", "bias")),
+        *((name, ctypes.c_int) for name in ("w_stride", "w_rows", "blocks", "tiles_m", "tiles_n")),
+        ("rest", ctypes.c_uint8 * 28),
     ]
 
 
@@ -168,12 +152,7 @@ def encode(wanted: Map) -> bytes:
 
 
 def unfit(
-    x: Operand,
-    w: Operand,
-    square: bool,
-    out: Tensor,
-    bias: Tensor | None = None,
-    add: Tensor | None = None,
+    x: Operand, w: Operand, out: Tensor, bias: Tensor | None = None, add: Tensor | None = None
 ) -> str | None:
     """Say why the kernel does not make `out` of these, in a clause; None if it does.
 
@@ -184,7 +163,7 @@ def unfit(
         return f"[{m}, {k}] and [{n}, {columns}] do not make {list(out.shape)}"
     if any(size == 0 or size % BLOCK for size in (m, n, k)):
         return f"M {m}, N {n} and K {k} are not all multiples of {BLOCK}"
-    if out.dtype is not (torch.bfloat16 if square else torch.float32):
+    if out.dtype is not torch.bfloat16:
         return f"the result is {out.dtype}"
     if bias is not None and (add is not None or bias.dtype is not torch.bfloat16):
         return "a bias and a matrix are added" if add is not None else f"the bias is {bias.dtype}"
@@ -199,18 +178,9 @@ def unfit(
     return None
 
 
-def best(size: tuple[int, int, int], square: bool) -> Tiling | None:
-    """Return how to cut a product of this size where this kernel is faster than cuBLASLt; None elsewhere."""
-    m, n, k = size
-    if square:
-        return TILING if k <= 12288 else None
-    return TILING if _filled(m, n, TILING) >= 0.88 else None
-
-
-def _filled(m: int, n: int, tiling: Tiling) -> float:
-    """How much of the last round of tiles, on average of all rounds, an H100's processors have to do."""
-    tiles = -(-m // tiling.tile_m) * -(-n // BLOCK)
-    return tiles / (-(-tiles // PROCESSORS) * PROCESSORS)
+def suits(k: int) -> bool:
+    """Whether this kernel is faster than cuBLASLt for products over K; by K alone, the same on every run."""
+    return k <= 12288
 
 
 class _Problem(NamedTuple):
@@ -234,21 +204,18 @@ class _Problem(NamedTuple):
 def _arguments(of: _Problem, form: Form, tiling: Tiling) -> _Arguments:
     """The kernel's arguments; training meets the same addresses again and again."""
     m, n, k, (tile_m, below, beside) = of.m, of.n, of.k, tiling
-    made = _Arguments(w_stride=of.w_stride, w_rows=n // BLOCK, blocks=k // BLOCK, m=m)
+    made = _Arguments(w_scales=of.w_scales, bias=of.bias, w_stride=of.w_stride)
+    made.w_rows, made.blocks = n // BLOCK, k // BLOCK
     made.tiles_m, made.tiles_n = -(-m // (tile_m * below)), -(-n // (BLOCK * beside))
+    result = Map(of.out, 2, n, m, 2 * n, 64, tile_m // 2, True)
     maps = {
         "x": Map(of.x, 1, k, m, k, BLOCK, tile_m // beside, True),
         "x_scales": Map(of.x_scales, 4, m, k // BLOCK, 4 * of.x_stride, tile_m, 1, False),
         "w": Map(of.w, 1, k, n, k, BLOCK, BLOCK // below, True),
+        "d": result,
     }
-    if form.square:
-        made.square_scales, made.bias = of.w_scales, of.bias
-        maps["d"] = Map(of.out, 2, n, m, 2 * n, 64, tile_m // 2, True)
-        if form.add:
-            maps["addend"] = maps["d"]._replace(address=of.add)
-    else:
-        made.sums = of.out
-        maps["w_scales"] = Map(of.w_scales, 4, n, k // BLOCK, 4 * of.w_stride, BLOCK, 1, False)
+    if form.add:
+        maps["addend"] = result._replace(address=of.add)
     for name, wanted in maps.items():
         getattr(made, name)[:] = encode(wanted)
     return made
@@ -262,31 +229,27 @@ def compile_kernel(tiling: Tiling, form: Form) -> bytes:
 @functools.cache
 def _kernel(device: int, tiling: Tiling, form: Form) -> Any:
     with torch.cuda.device(device):
-        return nvrtc.Kernel(compile_kernel(tiling, form), ENTRY, tiling.shared(form.square))
+        return nvrtc.Kernel(compile_kernel(tiling, form), ENTRY, tiling.shared())
 
 
 def matmul(
     x: Operand,
     w: Operand,
-    square: bool,
     out: Tensor,
-    accumulate: bool = False,
     bias: Tensor | None = None,
     add: Tensor | None = None,
     tiling: Tiling = TILING,
 ) -> Tensor:
-    """Write x w^T (+ bias, + add) into `out`, or add it, and return it; `unfit` has been asked.
+    """Write x w^T (+ bias, + add) into `out` and return it; `unfit` has been asked.
 
     Sums 128 of K on the tensor cores, then in FP32, in the order of K: the same bits every time.
 
     Args:
         x: codes `[M, K]`, scales of 1x128.
-        w: codes `[N, K]`, scales of 128x128 if `square`, of 1x128 otherwise.
-        square: as in fprop and dgrad; otherwise as in wgrad.
-        out: `[M, N]`, BF16 if `square`, FP32 otherwise.
-        accumulate: whether to add to `out`; FP32 only.
-        bias: `[N]` BF16, added in FP32, before the rounding; BF16 results only.
-        add: `[M, N]` BF16; the same.
+        w: codes `[N, K]`, scales of 128x128.
+        out: `[M, N]` BF16.
+        bias: `[N]` BF16, added in FP32, before the rounding; not with `add`.
+        add: `[M, N]` BF16, added likewise.
         tiling: how the product is cut; the result's bits do not depend on it.
 
     Raises:
@@ -303,7 +266,7 @@ def matmul(
         *(x.codes.shape[0], w.codes.shape[0], x.codes.shape[1]),
         *(x.scale_inv.stride(0), w.scale_inv.stride(0)),
     )
-    form = Form(square, bias is not None, accumulate or add is not None)
+    form = Form(bias is not None, add is not None)
     made = _arguments(problem, form, tiling)
     device = out.device.index
     clusters = min(made.tiles_m * made.tiles_n, support.processors(out.device) // tiling.cluster)
@@ -340,23 +303,18 @@ def failure(device: torch.device) -> str | None:
     def random(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator, device=device).bfloat16()
 
-    x = cast.cast_1x128(random(384, 640), "power_of_two")
-    square = cast.cast_128x128(random(640, 640), "power_of_two", columns=False)
-    other = cast.cast_1x128(random(640, 640), "power_of_two", columns=False)
-    assert x.rows is not None and square.rows is not None and other.rows is not None
-    exact_x, exact_w = (one.quantized().dequantize().double() for one in (x, square))
+    x = cast.cast_1x128(random(384, 640), "power_of_two", columns=False)
+    w = cast.cast_128x128(random(640, 640), "power_of_two", columns=False)
+    assert x.rows is not None and w.rows is not None
+    product = x.quantized().dequantize().double() @ w.quantized().dequantize().double().t()
     past, bias = random(384, 640), random(1, 640)[0]
     for name, more, want in (
-        ("the product", {}, exact_x @ exact_w.t()),
-        ("the product with a bias", {"bias": bias}, exact_x @ exact_w.t() + bias),
-        ("the product with a sum", {"add": past}, exact_x @ exact_w.t() + past),
+        ("the product", {}, product),
+        ("the product with a bias", {"bias": bias}, product + bias),
+        ("the product with a matrix", {"add": past}, product + past),
     ):
         out = torch.empty(384, 640, dtype=torch.bfloat16, device=device)
-        got = matmul(x.rows, square.rows, True, out, **more)
-        wrong = self_check.verdict(name, got, want, self_check.BF16)
+        wrong = self_check.verdict(name, matmul(x.rows, w.rows, out, **more), want, self_check.BF16)
         if wrong:
             return wrong
-    start = random(384, 640).float()
-    want = start.double() + exact_x @ other.quantized().dequantize().double().t()
-    got = matmul(x.rows, other.rows, False, start.clone(), accumulate=True)
-    return self_check.verdict("the product in FP32", got, want, self_check.BF16)
+    return None

@@ -122,7 +122,7 @@ class TEGemm:
         Args:
             direct: call cuBLASLt here, and no kernel of ours; None for whoever is the fastest, and
                 TransformerEngine where cuBLASLt refuses.
-            own: make every product that fits by our own kernel, cut like this.
+            own: make x W^T and dy W by our own kernel, cut like this, wherever it fits.
 
         Raises:
             CublasError: cuBLASLt is asked for and cannot be called; a product of it then raises one too.
@@ -151,19 +151,16 @@ class TEGemm:
         self,
         x: Operand,
         w: Operand,
-        square: bool,
-        out: Tensor,
-        accumulate: bool = False,
         bias: Tensor | None = None,
         add: Tensor | None = None,
     ) -> Tensor | None:
-        """x w^T (+ bias, + add), as `hopper_gemm.matmul`; by cuBLASLt, or None, where that is not to be."""
-        tiling = self._own
-        if tiling is None and self._may_own:
-            tiling = hopper_gemm.best((*out.shape, x.codes.shape[1]), square)
-        if tiling is not None and hopper_gemm.unfit(x, w, square, out, bias, add) is None:
-            return hopper_gemm.matmul(x, w, square, out, accumulate, bias, add, tiling)
-        return self._by_cublaslt(w, x, square, out, accumulate, bias, add)
+        """x w^T (+ bias, + add) by our own kernel where it is to be and fits; else as `_by_cublaslt`."""
+        out, tiling = _empty(x, w), self._own
+        if tiling is None and self._may_own and hopper_gemm.suits(x.codes.shape[1]):
+            tiling = hopper_gemm.TILING
+        if tiling is not None and hopper_gemm.unfit(x, w, out, bias, add) is None:
+            return hopper_gemm.matmul(x, w, out, bias, add, tiling)
+        return self._by_cublaslt(w, x, True, out, bias=bias, add=add)
 
     def fprop(
         self, x: BlockCast, weight: Any, bias: Tensor | None = None, add: Tensor | None = None
@@ -171,7 +168,7 @@ class TEGemm:
         """x W^T + b (+ `add`), `[M, N]` BF16."""
         if self._direct and x.rows is not None and (bias is None or bias.dtype is torch.bfloat16):
             w = Operand(weight._rowwise_data, weight._rowwise_scale_inv)
-            made = self._product(x.rows, w, True, _empty(x.rows, w), False, bias, add)
+            made = self._product(x.rows, w, bias, add)
             if made is not None:
                 return made
         y: Tensor = self._gemm(
@@ -184,7 +181,7 @@ class TEGemm:
         weight.update_usage(columnwise_usage=True)
         if self._direct and dy.rows is not None:
             w = Operand(weight._columnwise_data, weight._columnwise_scale_inv)
-            made = self._product(dy.rows, w, True, _empty(dy.rows, w))
+            made = self._product(dy.rows, w)
             if made is not None:
                 return made
         dx: Tensor = self._gemm(
@@ -201,7 +198,7 @@ class TEGemm:
         """dy^T x, `[N, K]`, into `out` (its dtype; added to it, if `accumulate`) or as new BF16."""
         if self._direct and x.columns is not None and dy.columns is not None:
             into = _empty(dy.columns, x.columns) if out is None else out
-            made = self._product(dy.columns, x.columns, False, into, accumulate)
+            made = self._by_cublaslt(x.columns, dy.columns, False, into, accumulate)
             if made is not None:
                 return made
         dw: Tensor = self._gemm(

@@ -117,15 +117,11 @@ def test_who_multiplies(monkeypatch):
         return [name for name, _ in made]
 
     monkeypatch.setattr(hopper_gemm, "reason", lambda device: None)
-    monkeypatch.setattr(hopper_gemm, "best", lambda size, square: hopper_gemm.TILING)
-    assert all_products(te_gemm.TEGemm()) == ["own"] * 5 + ["cuBLASLt"]
-    monkeypatch.setattr(
-        hopper_gemm,
-        "best",
-        lambda size, square: hopper_gemm.TILING if size == (128, 384, 256) else None,
-    )
+    monkeypatch.setattr(hopper_gemm, "suits", lambda k: True)
+    assert all_products(te_gemm.TEGemm()) == ["own"] * 4 + ["cuBLASLt"] * 2
+    monkeypatch.setattr(hopper_gemm, "suits", lambda k: k == 256)
     assert all_products(te_gemm.TEGemm()) == ["cuBLASLt", "own", *["cuBLASLt"] * 4]
-    assert all_products(te_gemm.TEGemm(True, hopper_gemm.TILING)) == ["own"] * 5 + ["cuBLASLt"]
+    assert all_products(te_gemm.TEGemm(True, hopper_gemm.TILING)) == ["own"] * 4 + ["cuBLASLt"] * 2
     assert all_products(te_gemm.TEGemm(True)) == ["cuBLASLt"] * 6
     part = BlockCast(Operand(x.rows.codes[:64], x.rows.scale_inv), None)
     assert te_gemm.TEGemm().fprop(part, weight).shape == (64, 256) and made[-1][0] == "cuBLASLt"
@@ -134,12 +130,3 @@ def test_who_multiplies(monkeypatch):
         assert all_products(te_gemm.TEGemm()) == ["cuBLASLt"] * 6
     monkeypatch.setenv(cublaslt.VARIABLE, "cublaslt")
     assert all_products(te_gemm.TEGemm()) == ["cuBLASLt"] * 6
-
-
-def test_what_our_own_kernel_is_chosen_for():
-    """By the size alone, so that a resumed run multiplies as before."""
-    best = hopper_gemm.best
-    assert best((16384, 17920, 1536), True) == hopper_gemm.TILING
-    assert best((16384, 1536, 17920), True) is None  # cuBLASLt is faster for long K
-    assert best((17920, 1536, 16384), False) == hopper_gemm.TILING
-    assert best((2048, 1536, 16384), False) is None  # 96 tiles for 132 processors

@@ -24,11 +24,9 @@ pytestmark = [
 ]
 TILINGS = hopper_gemm.TILINGS
 FORMS = {
-    hopper_gemm.Form(True): "product",
-    hopper_gemm.Form(True, bias=True): "with a bias",
-    hopper_gemm.Form(True, add=True): "with a matrix",
-    hopper_gemm.Form(False): "gradient",
-    hopper_gemm.Form(False, add=True): "added gradient",
+    hopper_gemm.Form(): "product",
+    hopper_gemm.Form(bias=True): "with a bias",
+    hopper_gemm.Form(add=True): "with a matrix",
 }
 ALONE, BELOW = TILINGS["128x128, alone"], TILINGS["128x128, two below"]
 
@@ -69,29 +67,8 @@ def case(m, n, k, dtype="power_of_two"):
 
 def product(x: BlockCast, w: Operand, tiling, **more):
     out = torch.full((x.rows.codes.shape[0], w.codes.shape[0]), float("nan")).bfloat16()
-    assert hopper_gemm.unfit(x.rows, w, True, out, **more) is None
-    return hopper_gemm.matmul(x.rows, w, True, out, tiling=tiling, **more)
-
-
-@functools.cache
-def gradient_case(m, n, k, dtype="float32"):
-    """Casts of random x [K, N] and dy [K, M] for wgrad, dy^T x, and what its sums may be off."""
-    generator = torch.Generator().manual_seed(m + n + k)
-
-    def random(columns):
-        spread = torch.randn((k // 128, columns), generator=generator).mul(2).exp()
-        values = torch.randn((k, columns), generator=generator)
-        return (values * spread.repeat_interleave(128, dim=0)).bfloat16()
-
-    x, dy = (cast_1x128(random(columns), dtype, rows=False) for columns in (n, m))
-    exact_dy, exact_x = (one.quantized(columns=True).dequantize().double() for one in (dy, x))
-    size = exact_dy.abs() @ exact_x.abs().t()
-    return x, dy, (exact_dy @ exact_x.t()).float(), (size * 2.0**-20).float()
-
-
-def gradient(x: BlockCast, dy: BlockCast, out, tiling=hopper_gemm.TILING, accumulate=False):
-    assert hopper_gemm.unfit(dy.columns, x.columns, False, out) is None
-    return hopper_gemm.matmul(dy.columns, x.columns, False, out, accumulate, tiling=tiling)
+    assert hopper_gemm.unfit(x.rows, w, out, **more) is None
+    return hopper_gemm.matmul(x.rows, w, out, tiling=tiling, **more)
 
 
 def agrees(got, want):
@@ -158,19 +135,6 @@ def test_with_a_bias_or_a_matrix(name, size, monkeypatch):
     assert agrees(got, (exact + past.float()).bfloat16())
 
 
-@pytest.mark.parametrize("name", TILINGS)
-@pytest.mark.parametrize("size", [(128, 128, 128), (384, 384, 384), (640, 128, 1024)], ids=str)
-def test_weight_gradients(name, size, monkeypatch):
-    """In FP32; each row and each column has scales of its own."""
-    use(monkeypatch, seed=sum(size))
-    x, dy, want, tolerance = gradient_case(*size)
-    tiling, nan = TILINGS[name], torch.full(want.shape, float("nan"))
-    assert ((gradient(x, dy, nan, tiling) - want).abs() <= tolerance).all()
-    past = torch.randn(want.shape, generator=torch.Generator().manual_seed(0)) * want.abs().mean()
-    got = gradient(x, dy, past.clone(), tiling, accumulate=True)
-    assert ((got - (past + want)).abs() <= tolerance + past.abs() * 2.0**-22).all()
-
-
 def test_the_order_of_events_does_not_show(monkeypatch):
     x, w, _ = case(384, 384, 384)
     results = []
@@ -184,18 +148,13 @@ def test_self_check(monkeypatch):
     use(monkeypatch)
     assert hopper_gemm.failure(torch.device("cpu")) is None
     for before, after, name in (
-        ("__fmaf_rn(part[i], left_upper", "__fmaf_rn(part[i], left_lower", "the product is wrong"),
+        ("upper[wave], sum", "lower[wave], sum", "the product is wrong"),
         (
             "first = __fadd_rn(first, low(more))",
             "first = first",
             "the product with a bias is wrong",
         ),
-        ("lane % 4 * 4)", "lane % 2 * 4)", "the product with a sum is wrong"),
-        (
-            "left_lower = __fmul_rn(lower",
-            "left_lower = __fmul_rn(upper",
-            "the product in FP32 is wrong",
-        ),
+        ("lane % 4 * 4)", "lane % 2 * 4)", "the product with a matrix is wrong"),
     ):
         use(monkeypatch, change=functools.partial(replaced, before, after))
         assert name in hopper_gemm.failure(torch.device("cpu"))
@@ -230,18 +189,18 @@ MUTATIONS = {
     "no wait for the products": ("        mma_wait();\n", "", "wrong|emulated|a product reads"),
     "released too early": (
         "        mma_commit();\n",
-        "        mma_commit();\n        if (wave == WAVES - 1) release(shared, stage, lane);\n",
+        "        mma_commit();\n        if (wave == WAVES - 1) release(shared, stage, lane, true);\n",
         "went over|more arrivals|nobody waited|wait for each other",
     ),
     "no wgmma.fence": ("        mma_begin();\n", "", "wgmma.fence"),
     "too few bytes": ("X_BYTES + W_BYTES + SCALE_BYTES);", "X_BYTES + W_BYTES);", "."),
-    "no fence for the store": ("      copy_fence();\n", "", "had no fence"),
+    "no fence for the store": ("    copy_fence();\n", "", "had no fence"),
     "no wait for the store": ("else if (thread == 0) wait_stores_read();", "", "still to read"),
-    "ended before the store": ("  if (SQUARE && thread == 0) wait_stores();\n", "", "before its"),
+    "ended before the store": ("  if (thread == 0) wait_stores();\n", "", "before its stores"),
     "no fence for the barriers": ("    barrier_init_fence();\n", "", "had no fence"),
     "no barrier before the store": (
-        "      copy_fence();\n      sync_threads(1 + group, 128);\n",
-        "      copy_fence();\n",
+        "    copy_fence();\n    sync_threads(1 + group, 128);\n",
+        "    copy_fence();\n",
         "wrong|had no fence|still to read",
     ),
     "too many registers": ("<MULTIPLIER_REGISTERS>", "<MULTIPLIER_REGISTERS + 16>", "each other"),
@@ -253,23 +212,13 @@ OF_ADDENDS = {
         "has still to read",
     ),
     "no wait for it": (
-        "if (ADD) barrier_wait(addend, parity);\n      else ",
+        "if (ADD) barrier_wait(addend, parity);\n    else ",
         "",
         "wrong|nobody waited|never read|still to read|nobody has read",
     ),
     "the wrong parity": ("(addend, parity)", "(addend, parity ^ 1)", "wrong|nobody waited|read"),
     "too few bytes": ("addend, 2 * D_PART_BYTES", "addend, D_PART_BYTES", "."),
     "the wrong swizzle": ("(j + i / 2) % 8 ^ upper % 8", "(j + i / 2) % 8", "wrong"),
-}
-OF_GRADIENTS = {
-    "released too early": (
-        "        if (SQUARE && wave == WAVES - 1) release",
-        "        if (wave == WAVES - 1) release",
-        "went over|more arrivals|nobody waited|wait for each other|wrong",
-    ),
-    "the same column's scale twice": ("upper, scale.y)", "upper, scale.x)", "wrong"),
-    "the scales of other columns": ("TILE_M * 4, n, k);", "TILE_M * 4, m, k);", "wrong"),
-    "not added": ("ADD ? both : more", "more", "wrong"),
 }
 OF_CLUSTERS = {
     "arrived at one's own block alone": (
@@ -302,12 +251,6 @@ def with_a_matrix(tiling):
     return agrees(product(x, w.rows, tiling, add=want), 2 * want.float())
 
 
-def of_a_weight(tiling):
-    x, dy, want, tolerance = gradient_case(384, 384, 1024)
-    got = gradient(x, dy, want.clone(), tiling, accumulate=True)
-    return bool(((got - 2 * want).abs() <= 2 * tolerance).all())
-
-
 def found(monkeypatch, right, tiling, before, after, message, seeds=6):
     """Whether one of some orders of events shows the mutation, as `message` says."""
     for seed in range(seeds):
@@ -331,11 +274,6 @@ def test_mutations_of_addends(name, monkeypatch):
     assert found(monkeypatch, with_a_matrix, ALONE, *OF_ADDENDS[name])
 
 
-@pytest.mark.parametrize("name", OF_GRADIENTS)
-def test_mutations_of_gradients(name, monkeypatch):
-    assert found(monkeypatch, of_a_weight, ALONE, *OF_GRADIENTS[name])
-
-
 @pytest.mark.parametrize("name", OF_CLUSTERS)
 def test_mutations_of_clusters(name, monkeypatch):
     assert found(monkeypatch, plain, hopper_gemm.TILING, *OF_CLUSTERS[name])
@@ -345,12 +283,12 @@ def test_what_does_not_fit():
     x, w, _ = case(256, 256, 256)
     out = torch.empty(256, 256, dtype=torch.bfloat16)
 
-    def said(to=out, rows=x.rows, square=True, **more):
-        return hopper_gemm.unfit(rows, w.rows, square, to, **more)
+    def said(to=out, rows=x.rows, **more):
+        return hopper_gemm.unfit(rows, w.rows, to, **more)
 
     assert said() is None and said(add=out) is None and said(bias=out[0]) is None
     assert "multiples of 128" in said(out[:200], Operand(x.rows.codes[:200], x.rows.scale_inv))
-    assert "float32" in said(out.float()) and "bfloat16" in said(square=False)
+    assert "float32" in said(out.float())
     assert "contiguous" in said(out.t()) and "contiguous" in said(add=out.t())
     shifted = torch.empty(256 * 256 + 4, dtype=torch.bfloat16)[4:].view(256, 256)
     assert "multiple of 16" in said(shifted)
@@ -367,10 +305,9 @@ def test_it_compiles_for_hopper(name, form, tmp_path):
         nvrtc._nvrtc()
     except nvrtc.CudaError as error:
         pytest.skip(str(error))
-    square = form.square
     tiling, cubin = TILINGS[name], tmp_path / "kernel.cubin"
     cubin.write_bytes(hopper_gemm.compile_kernel(tiling, form))
-    assert ctypes.sizeof(hopper_gemm._Arguments) == 832
+    assert ctypes.sizeof(hopper_gemm._Arguments) == 704
     found = importlib.util.find_spec("triton")
     disassembler = Path(found.origin).parent / "backends/nvidia/bin/cuobjdump"
     if not disassembler.exists():
@@ -386,12 +323,12 @@ def test_it_compiles_for_hopper(name, form, tmp_path):
     for instruction, count in (
         ("QGMMA.64x128x32.F32.E4M3.E4M3", 4 * tiling.tile_m // 128),
         ("WARPGROUP.DEPBAR", tiling.tile_m // 128),  # more of them: products wait for each other
-        ("UTMALDG.2D", 3 + (2 * form.add if square else 1)),  # the matrix to add; W's scales
+        ("UTMALDG.2D", 3 + 2 * form.add),
         ("UTMALDG.2D.MULTICAST", int(shared)),
-        ("UTMASTG.2D", 2 * square),
-        ("STSM.16.M88.4", 8 * tiling.tile_m // 128 * square),
+        ("UTMASTG.2D", 2),
+        ("STSM.16.M88.4", 8 * tiling.tile_m // 128),
         ("USETMAXREG", 2),
-        ("SYNCS.ARRIVE.TRANS64", 2 + (square and form.add)),
+        ("SYNCS.ARRIVE.TRANS64", 2 + form.add),
         ("UCGABAR_WAIT", 2 * shared),
     ):
         assert code.count(instruction) == count, instruction
