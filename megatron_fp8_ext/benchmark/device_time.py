@@ -9,7 +9,7 @@ import re
 GROUPS = (
     ("communication", r"nccl"),
     ("attention", r"cudnn|fmha|flash|sdpa|fused_attn"),
-    ("GEMM, FP8", r"nvjet_sm90_q|gemm.*e4m3"),
+    ("GEMM, FP8", r"nvjet_sm90_q|gemm.*e4m3|block_scaled_gemm"),
     ("GEMM, BF16", r"nvjet|gemm|gemv|splitK|cutlass"),
     (
         "optimizer",
