@@ -37,7 +37,7 @@ def encode(wanted: hopper_gemm.Map) -> bytes:
     return struct.pack("<Q7I", *wanted).ljust(128, b"\0")
 
 
-def source(tiling: hopper_gemm.Tiling, form: hopper_gemm.Form, change: Callable[[str], str]) -> str:
+def source(form: hopper_gemm.Form, change: Callable[[str], str]) -> str:
     """C++ of the kernel; `change` is a mutation of its text."""
     folder = resources.files("megatron_fp8_ext.kernels")
     shared, kernel = (
@@ -45,7 +45,7 @@ def source(tiling: hopper_gemm.Tiling, form: hopper_gemm.Form, change: Callable[
     )
     parts = [
         (cuda_on_cpu.HERE / "cuda_on_cpu.hpp").read_text(),
-        *(f"#define {name} {value}" for name, value in tiling.macros(form)),
+        *(f"#define {name} {value}" for name, value in form.macros()),
         cuda_on_cpu.without_ptx(shared),
         (cuda_on_cpu.HERE / "hopper_on_cpu.hpp").read_text(),
         (cuda_on_cpu.HERE / "wgmma_on_cpu.hpp").read_text(),
@@ -60,15 +60,14 @@ class Kernel:
 
     def __init__(
         self,
-        tiling: hopper_gemm.Tiling,
         form: hopper_gemm.Form,
         seed: int = 0,
         change: Callable[[str], str] = lambda text: text,
     ) -> None:
-        self._library = cuda_on_cpu.library(source(tiling, form, change))
+        self._library = cuda_on_cpu.library(source(form, change))
         self._library.launch.restype = ctypes.c_char_p
-        self._tiling, self._seed = tiling, seed
-        assert self._library.shared_bytes_used() == tiling.shared()
+        self._cluster, self._seed = form.cluster, seed
+        assert self._library.shared_bytes_used() == hopper_gemm.SHARED_BYTES
         assert self._library.argument_bytes() == ctypes.sizeof(hopper_gemm._Arguments)
 
     def __call__(self, grid: tuple[int, int], threads: int, arguments: ctypes.Structure) -> None:
@@ -77,7 +76,7 @@ class Kernel:
             ctypes.byref(arguments),
             grid[0],
             threads,
-            self._tiling.cluster,
+            self._cluster,
             ctypes.c_long(self._seed),
         )
         if wrong:

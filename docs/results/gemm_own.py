@@ -70,10 +70,10 @@ def sustained(call: Callable[[], object], seconds: float = 1.2) -> str:
 
 
 def calls_of(x, w, out, **more) -> Calls:
-    """The product of both operands by cuBLASLt, and by ours in each tiling."""
+    """The product of both operands by cuBLASLt, and by ours in clusters of two blocks and alone."""
     calls: Calls = {"cuBLASLt": partial(cublaslt.matmul, w, x, True, out, **more)}
-    for name, tiling in hopper_gemm.TILINGS.items():
-        calls[name] = partial(hopper_gemm.matmul, x, w, out, tiling=tiling, **more)
+    for name, cluster in (("ours", 2), ("ours, alone", 1)):
+        calls[name] = partial(hopper_gemm.matmul, x, w, out, cluster=cluster, **more)
     return calls
 
 
@@ -101,7 +101,7 @@ def main(model: str, tokens: int) -> None:
             print(f"{layer} {way} {term or ''} N {rows} K {columns}: {'; '.join(told)}", flush=True)
             if f"{layer} {way}" == "fc1 fprop":
                 for values in ("random", "zeros"):
-                    for name in ("cuBLASLt", next(iter(hopper_gemm.TILINGS))):
+                    for name in ("cuBLASLt", "ours"):
                         print(
                             f"  for a second, {values}, {name}: {sustained(calls[name])}",
                             flush=True,

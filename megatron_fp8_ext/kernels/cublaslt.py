@@ -3,8 +3,8 @@
 TransformerEngine makes the same call, but asks cuBLASLt's heuristic for an algorithm at every product and
 takes its first offer. Here it is asked once for a shape, its offers are read (`preferred`), and a residual
 can be added in the product. Needs cuBLAS 12.9 and a Hopper GPU; `MEGATRON_FP8_EXT_GEMM=te` leaves the
-products to TransformerEngine, as is done where cuBLASLt cannot be called; `own` gives some of them to
-`hopper_gemm`.
+products to TransformerEngine, as is done where cuBLASLt cannot be called; `cublaslt` gives it also those
+that `hopper_gemm` makes otherwise.
 """
 
 from __future__ import annotations

@@ -5,20 +5,17 @@
 // issues the copies of a block of K (a stage) as soon as the one before it in that place is used up. The other two
 // multiply: each has half of the tile's rows, 64 at a time. The tensor cores sum 128 of K, then FP32 registers take
 // the sum times the two scales. While one warpgroup does that the other has the tensor cores. They wait for each other
-// nowhere, so one can write its result while the other multiplies. A cluster is two blocks with neighbouring tiles;
-// the operand that both need is loaded in halves, each for both.
+// nowhere, so one can write its result while the other multiplies. A cluster is two blocks with tiles beside each
+// other; the rows of X, which both need, are loaded in halves, each for both.
 //
-// After hopper.cuh and hopper_async.cuh. Macros from hopper_gemm.py: BIAS or ADD (what is added), TILE_M (128 or 256), CLUSTER_M
-// (2: blocks below each other, same rows of W), CLUSTER_N (2: beside each other, same rows of X), STAGES,
-// LOADER_REGISTERS, MULTIPLIER_REGISTERS.
+// After hopper.cuh and hopper_async.cuh. Macros from hopper_gemm.py: BIAS or ADD (what is added), CLUSTER (1 or 2
+// blocks), STAGES, LOADER_REGISTERS, MULTIPLIER_REGISTERS.
 
-#define CLUSTER (CLUSTER_M * CLUSTER_N)
-static_assert(CLUSTER <= 2 && (TILE_M == 128 || TILE_M == 256), "what the code below is written for");
-static_assert(!BIAS || !ADD, "the same");
+static_assert((CLUSTER == 1 || CLUSTER == 2) && !(BIAS && ADD), "what the code below is written for");
 
-constexpr int TILE_N = 128, BLOCK_K = 128;
+constexpr int TILE_M = 256, TILE_N = 128, BLOCK_K = 128;
 constexpr int MULTIPLIERS = 2, ROWS = TILE_M / MULTIPLIERS, WAVES = ROWS / 64;
-constexpr int GROUP = 8;  // clusters of rows that share columns of W in the L2 cache
+constexpr int GROUP = 8;  // tiles below each other that share columns of W in the L2 cache
 
 constexpr u32 X_BYTES = TILE_M * BLOCK_K, W_BYTES = TILE_N * BLOCK_K, SCALE_BYTES = TILE_M * 4;
 constexpr u32 D_PART_BYTES = ROWS * 128;  // 64 columns of one warpgroup's rows
@@ -36,10 +33,10 @@ struct Arguments {
   const u32 *bias;              // [N] BF16, if BIAS
   int w_stride, w_rows;         // w_rows = N / 128
   int blocks;                   // K / 128
-  int tiles_m, tiles_n;         // in clusters
+  int tiles_m, tiles_n;         // the columns' in clusters
 };
 
-// A tile, of those that the cluster takes: clusters go down a group's rows, then on to the next columns.
+// A block's tile, of those that the cluster takes: clusters go down a group's rows, then on to the next columns.
 struct Tile {
   int number, m = 0, n = 0;
   bool exists;
@@ -48,8 +45,8 @@ struct Tile {
     if (!exists) return;
     const u32 of_group = GROUP * a.tiles_n, group = number / of_group, within = number % of_group;
     const u32 height = min(GROUP, a.tiles_m - (int)group * GROUP);
-    m = (group * GROUP + within % height) * CLUSTER_M + (CLUSTER_M > 1 ? rank : 0);
-    n = within / height * CLUSTER_N + (CLUSTER_N > 1 ? rank : 0);
+    m = group * GROUP + within % height;
+    n = within / height * CLUSTER + (CLUSTER > 1 ? rank : 0);
   }
   __device__ __forceinline__ Tile next(const Arguments &a, u32 rank) const {
     return Tile(a, number + gridDim.x / CLUSTER, rank);
@@ -67,15 +64,6 @@ struct Stage {
   }
 };
 
-// Rows of a tile; if two blocks share them, half, for both.
-template <int SHARERS, int COUNT>
-__device__ __forceinline__ void load_rows(const TensorMap *map, u32 barrier, u32 to, int column, int row, u32 rank) {
-  if (SHARERS == 1)
-    load_box(map, barrier, to, column, row);
-  else
-    load_box_to(map, barrier, to + rank * (COUNT / 2 * BLOCK_K), column, row + rank * (COUNT / 2), 3);
-}
-
 __device__ __forceinline__ void load_tiles(const Arguments &a, u32 shared, u32 rank) {
   Stage stage;
   for (Tile tile(a, blockIdx.x / CLUSTER, rank); tile.exists; tile = tile.next(a, rank))
@@ -84,8 +72,10 @@ __device__ __forceinline__ void load_tiles(const Arguments &a, u32 shared, u32 r
       const int column = k * BLOCK_K, m = tile.m * TILE_M, n = tile.n * TILE_N;
       barrier_wait(shared + EMPTY_AT + stage.index * 8, stage.parity ^ 1);
       barrier_expect(full, X_BYTES + W_BYTES + SCALE_BYTES);
-      load_rows<CLUSTER_N, TILE_M>(&a.x, full, shared + X_AT + stage.index * X_BYTES, column, m, rank);
-      load_rows<CLUSTER_M, TILE_N>(&a.w, full, shared + W_AT + stage.index * W_BYTES, column, n, rank);
+      const u32 x_to = shared + X_AT + stage.index * X_BYTES;
+      if (CLUSTER == 1) load_box(&a.x, full, x_to, column, m);
+      else load_box_to(&a.x, full, x_to + rank * (TILE_M / 2 * BLOCK_K), column, m + rank * (TILE_M / 2), 3);
+      load_box(&a.w, full, shared + W_AT + stage.index * W_BYTES, column, n);
       load_box(&a.x_scales, full, shared + SCALES_AT + stage.index * SCALE_BYTES, m, k);
     }
 }
@@ -97,8 +87,8 @@ __device__ __forceinline__ u64 matrix_at(u32 at) {
 }
 
 // Whether these are in registers, which is always so: who asks waits for it. An arrival does not wait by itself for
-// loads from shared memory that were issued before, and a copy may overtake them (seen on an H200). No product of
-// numbers has all bits set.
+// loads from shared memory that were issued before, and a copy may overtake them (seen on an H200). No product has all
+// bits set, not even NaN.
 template <int COUNT>
 __device__ __forceinline__ bool are_loaded(const float (&one)[COUNT], const float (&other)[COUNT]) {
   u32 bits = ~0u;

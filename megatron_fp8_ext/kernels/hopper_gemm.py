@@ -21,74 +21,43 @@ from megatron_fp8_ext.kernels.cast import Operand
 from megatron_fp8_ext.kernels.cublaslt import VARIABLE
 
 FILE, ENTRY = "hopper_gemm.cu", "block_scaled_gemm"
+TILE_M, TILE_N = 256, 128  # of a block's result
 THREADS, MULTIPLIERS = 384, 2  # two warpgroups multiply, one loads
 # What a block's 384 threads are launched with, 168 each, shared out: 128 x 40 + 256 x 232.
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
-MOST_SHARED = 232448  # bytes of shared memory that a block can have
+# Blocks with tiles beside each other that share rows of `x`: 2, or 1, which takes at most 3 % longer.
+CLUSTER = 2
+# Bytes of shared memory: a block's most; results and two barriers; a block of K, its scales and two barriers.
+_MOST = 232448
+_RESULTS = TILE_M * TILE_N * 2 + 16
+_STAGE = (TILE_M + TILE_N) * BLOCK + TILE_M * 4 + 16
+STAGES = (_MOST - _RESULTS) // _STAGE  # blocks of K there
+SHARED_BYTES = _RESULTS + STAGES * _STAGE
 
 
 class Form(NamedTuple):
-    """What is added to the product, at most one of both; each form is compiled by itself."""
+    """What is compiled by itself.
+
+    Attributes:
+        bias: whether a bias is added.
+        add: whether a matrix is; not with a bias.
+        cluster: blocks of a cluster, 1 or 2.
+    """
 
     bias: bool = False
     add: bool = False
+    cluster: int = CLUSTER
 
-
-class Tiling(NamedTuple):
-    """How the product is cut.
-
-    Attributes:
-        tile_m: rows of a block's tile, 128 or 256; it has 128 columns.
-        below: blocks of a cluster below each other, which share rows of `w`.
-        beside: blocks of a cluster beside each other, which share rows of `x`; at most one of both is 2.
-    """
-
-    tile_m: int
-    below: int
-    beside: int
-
-    @property
-    def cluster(self) -> int:
-        """Blocks of a cluster."""
-        return self.below * self.beside
-
-    def _stage(self) -> int:
-        return (self.tile_m + BLOCK) * BLOCK + self.tile_m * 4 + 16  # two barriers
-
-    def _fixed(self) -> int:
-        return self.tile_m * BLOCK * 2 + MULTIPLIERS * 8
-
-    def stages(self) -> int:
-        """Blocks of K in shared memory: as many as it has room for."""
-        return (MOST_SHARED - self._fixed()) // self._stage()
-
-    def shared(self) -> int:
-        """Bytes of shared memory: `SHARED_BYTES` of the source."""
-        return self._fixed() + self.stages() * self._stage()
-
-    def macros(self, form: Form) -> hopper.Macros:
+    def macros(self) -> hopper.Macros:
         """The macros of hopper_gemm.cu."""
         return (
-            ("BIAS", int(form.bias)),
-            ("ADD", int(form.add)),
-            ("TILE_M", self.tile_m),
-            ("CLUSTER_M", self.below),
-            ("CLUSTER_N", self.beside),
-            ("STAGES", self.stages()),
+            ("BIAS", int(self.bias)),
+            ("ADD", int(self.add)),
+            ("CLUSTER", self.cluster),
+            ("STAGES", STAGES),
             ("LOADER_REGISTERS", LOADER_REGISTERS),
             ("MULTIPLIER_REGISTERS", MULTIPLIER_REGISTERS),
         )
-
-
-# The first is the default: its square clusters read the fewest bytes from the L2 cache.
-TILINGS = {
-    "256x128, two beside": Tiling(256, 1, 2),
-    "256x128, two below": Tiling(256, 2, 1),
-    "256x128, alone": Tiling(256, 1, 1),
-    "128x128, two below": Tiling(128, 2, 1),
-    "128x128, alone": Tiling(128, 1, 1),
-}
-TILING = next(iter(TILINGS.values()))
 
 
 class _Arguments(ctypes.Structure):
@@ -204,17 +173,17 @@ class _Problem(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _arguments(of: _Problem, form: Form, tiling: Tiling) -> _Arguments:
+def _arguments(of: _Problem, form: Form) -> _Arguments:
     """The kernel's arguments; training meets the same addresses again and again."""
-    m, n, k, (tile_m, below, beside) = of.m, of.n, of.k, tiling
+    m, n, k = of.m, of.n, of.k
     made = _Arguments(w_scales=of.w_scales, bias=of.bias, w_stride=of.w_stride)
     made.w_rows, made.blocks = n // BLOCK, k // BLOCK
-    made.tiles_m, made.tiles_n = -(-m // (tile_m * below)), -(-n // (BLOCK * beside))
-    result = Map(of.out, 2, n, m, 2 * n, 64, tile_m // 2, True)
+    made.tiles_m, made.tiles_n = -(-m // TILE_M), -(-n // (TILE_N * form.cluster))
+    result = Map(of.out, 2, n, m, 2 * n, 64, TILE_M // 2, True)
     maps = {
-        "x": Map(of.x, 1, k, m, k, BLOCK, tile_m // beside, True),
-        "x_scales": Map(of.x_scales, 4, m, k // BLOCK, 4 * of.x_stride, tile_m, 1, False),
-        "w": Map(of.w, 1, k, n, k, BLOCK, BLOCK // below, True),
+        "x": Map(of.x, 1, k, m, k, BLOCK, TILE_M // form.cluster, True),
+        "x_scales": Map(of.x_scales, 4, m, k // BLOCK, 4 * of.x_stride, TILE_M, 1, False),
+        "w": Map(of.w, 1, k, n, k, BLOCK, TILE_N, True),
         "d": result,
     }
     if form.add:
@@ -224,15 +193,15 @@ def _arguments(of: _Problem, form: Form, tiling: Tiling) -> _Arguments:
     return made
 
 
-def compile_kernel(tiling: Tiling, form: Form) -> bytes:
+def compile_kernel(form: Form) -> bytes:
     """Return the cubin; needs no GPU."""
-    return hopper.compile_kernel(FILE, tiling.macros(form), ("hopper.cuh", "hopper_async.cuh"))
+    return hopper.compile_kernel(FILE, form.macros(), ("hopper.cuh", "hopper_async.cuh"))
 
 
 @functools.cache
-def _kernel(device: int, tiling: Tiling, form: Form) -> Any:
+def _kernel(device: int, form: Form) -> Any:
     with torch.cuda.device(device):
-        return nvrtc.Kernel(compile_kernel(tiling, form), ENTRY, tiling.shared())
+        return nvrtc.Kernel(compile_kernel(form), ENTRY, SHARED_BYTES)
 
 
 def matmul(
@@ -241,7 +210,7 @@ def matmul(
     out: Tensor,
     bias: Tensor | None = None,
     add: Tensor | None = None,
-    tiling: Tiling = TILING,
+    cluster: int = CLUSTER,
 ) -> Tensor:
     """Write x w^T (+ bias, + add) into `out` and return it; `unfit` has been asked.
 
@@ -253,7 +222,7 @@ def matmul(
         out: `[M, N]` BF16.
         bias: `[N]` BF16, added in FP32, before the rounding; not with `add`.
         add: `[M, N]` BF16, added likewise.
-        tiling: how the product is cut; the result's bits do not depend on it.
+        cluster: blocks of a cluster; the result's bits do not depend on it.
 
     Raises:
         CudaError: the kernel does not compile or start here.
@@ -269,12 +238,11 @@ def matmul(
         *(x.codes.shape[0], w.codes.shape[0], x.codes.shape[1]),
         *(x.scale_inv.stride(0), w.scale_inv.stride(0)),
     )
-    form = Form(bias is not None, add is not None)
-    made = _arguments(problem, form, tiling)
+    form = Form(bias is not None, add is not None, cluster)
+    made = _arguments(problem, form)
     device = out.device.index
-    clusters = min(made.tiles_m * made.tiles_n, support.processors(out.device) // tiling.cluster)
-    found = _kernel(device, tiling, form)
-    hopper.launch(found, device, (clusters * tiling.cluster, 1), THREADS, made)
+    clusters = min(made.tiles_m * made.tiles_n, support.processors(out.device) // cluster)
+    hopper.launch(_kernel(device, form), device, (clusters * cluster, 1), THREADS, made)
     return out
 
 

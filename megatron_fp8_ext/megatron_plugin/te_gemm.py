@@ -116,13 +116,13 @@ def _without_python(
 class TEGemm:
     """The protocol of `fused.gemm`; the weight is TransformerEngine's FP8 tensor."""
 
-    def __init__(self, direct: bool | None = None, own: hopper_gemm.Tiling | None = None) -> None:
+    def __init__(self, direct: bool | None = None, own: bool = False) -> None:
         """Choose who multiplies.
 
         Args:
             direct: call cuBLASLt here, and no kernel of ours; None for whoever is the fastest, and
                 TransformerEngine where cuBLASLt refuses.
-            own: make x W^T and dy W by our own kernel, cut like this, wherever it fits.
+            own: make x W^T and dy W by our own kernel wherever it fits.
 
         Raises:
             CublasError: cuBLASLt is asked for and cannot be called; a product of it then raises one too.
@@ -155,11 +155,10 @@ class TEGemm:
         add: Tensor | None = None,
     ) -> Tensor | None:
         """x w^T (+ bias, + add) by our own kernel where it is to be and fits; else as `_by_cublaslt`."""
-        out, tiling = _empty(x, w), self._own
-        if tiling is None and self._may_own and hopper_gemm.suits(x.codes.shape[1]):
-            tiling = hopper_gemm.TILING
-        if tiling is not None and hopper_gemm.unfit(x, w, out, bias, add) is None:
-            return hopper_gemm.matmul(x, w, out, bias, add, tiling)
+        out = _empty(x, w)
+        own = self._own or (self._may_own and hopper_gemm.suits(x.codes.shape[1]))
+        if own and hopper_gemm.unfit(x, w, out, bias, add) is None:
+            return hopper_gemm.matmul(x, w, out, bias, add)
         return self._by_cublaslt(w, x, True, out, bias=bias, add=add)
 
     def fprop(

@@ -1,4 +1,4 @@
-"""Our own block-scaled GEMM on a Hopper GPU: cuBLASLt's bits, in every tiling, and again.
+"""Our own block-scaled GEMM on a Hopper GPU: cuBLASLt's bits, and again.
 
 pytest tests/gpu/test_hopper_gemm.py -x -v      the small ones first; after a fault the process is of no use
 """
@@ -15,7 +15,7 @@ from megatron_fp8_ext.kernels import cublaslt, hopper_gemm  # noqa: E402
 from megatron_fp8_ext.kernels.cast import cast_1x128, cast_128x128  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-TILINGS = hopper_gemm.TILINGS
+CLUSTERS = pytest.mark.parametrize("cluster", [1, 2])  # the simplest first
 # M, N, K: one tile, odd numbers of tiles, fewer and more blocks of K than stages, more tiles than processors.
 SMALL = (
     (128, 128, 128),
@@ -54,10 +54,10 @@ def operands(m, n, k, scale_format):
     return x, cast_128x128(random(n, k), scale_format, columns=False).rows
 
 
-def ours(x, w, tiling=hopper_gemm.TILING, **more):
+def ours(x, w, cluster=2, **more):
     out = torch.full((x.codes.shape[0], w.codes.shape[0]), float("nan"), device="cuda").bfloat16()
     assert hopper_gemm.unfit(x, w, out, **more) is None
-    hopper_gemm.matmul(x, w, out, tiling=tiling, **more)
+    hopper_gemm.matmul(x, w, out, cluster=cluster, **more)
     torch.cuda.synchronize()
     return out
 
@@ -75,13 +75,13 @@ def is_cublaslt_s(x, w, got, **more):
 
 @pytest.mark.parametrize("scale_format", ["power_of_two", "float32"])
 @pytest.mark.parametrize("size", SMALL, ids=str)
-@pytest.mark.parametrize("name", list(reversed(TILINGS)))  # the simplest first
-def test_small(name, size, scale_format):
+@CLUSTERS
+def test_small(cluster, size, scale_format):
     x, w = operands(*size, scale_format)
-    is_cublaslt_s(x, w, ours(x, w, TILINGS[name]))
+    is_cublaslt_s(x, w, ours(x, w, cluster))
     more = torch.randn(size[0], size[1], device="cuda").mul(30).bfloat16()
     for terms in ({"bias": more[0]}, {"add": more}):
-        is_cublaslt_s(x, w, ours(x, w, TILINGS[name], **terms), **terms)
+        is_cublaslt_s(x, w, ours(x, w, cluster, **terms), **terms)
 
 
 def test_it_is_trusted_here():
@@ -96,8 +96,8 @@ def test_models(name, scale_format):
 
 
 @pytest.mark.parametrize("terms", ["", "bias", "add"], ids=["alone", "bias", "add"])
-@pytest.mark.parametrize("name", TILINGS)
-def test_again_and_again(name, terms):
+@CLUSTERS
+def test_again_and_again(cluster, terms):
     """Beside others of its kind, then alone in full size: the same bits each time."""
     streams = [torch.cuda.Stream() for _ in range(3)]
     for size, turns in (
@@ -108,12 +108,12 @@ def test_again_and_again(name, terms):
         x, w = operands(*size, "power_of_two")
         past = torch.randn(size[0], size[1], device="cuda").bfloat16()
         more = {"bias": {"bias": past[0]}, "add": {"add": past}}.get(terms, {})
-        want, wrong = ours(x, w, TILINGS[name], **more), []
+        want, wrong = ours(x, w, cluster, **more), []
         for turn in range(turns):
             with torch.cuda.stream(
                 streams[turn % 3] if turns == 60 else torch.cuda.current_stream()
             ):
-                got = hopper_gemm.matmul(x, w, torch.empty_like(want), tiling=TILINGS[name], **more)
+                got = hopper_gemm.matmul(x, w, torch.empty_like(want), cluster=cluster, **more)
                 wrong.append((got.view(torch.int16) != want.view(torch.int16)).sum())
         torch.cuda.synchronize()
         assert not sum(wrong).item(), f"{size}: {[int(count) for count in wrong]} elements differ"

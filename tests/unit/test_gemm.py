@@ -121,7 +121,7 @@ def test_who_multiplies(monkeypatch):
     assert all_products(te_gemm.TEGemm()) == ["own"] * 4 + ["cuBLASLt"] * 2
     monkeypatch.setattr(hopper_gemm, "suits", lambda k: k == 256)
     assert all_products(te_gemm.TEGemm()) == ["cuBLASLt", "own", *["cuBLASLt"] * 4]
-    assert all_products(te_gemm.TEGemm(True, hopper_gemm.TILING)) == ["own"] * 4 + ["cuBLASLt"] * 2
+    assert all_products(te_gemm.TEGemm(True, own=True)) == ["own"] * 4 + ["cuBLASLt"] * 2
     assert all_products(te_gemm.TEGemm(True)) == ["cuBLASLt"] * 6
     part = BlockCast(Operand(x.rows.codes[:64], x.rows.scale_inv), None)
     assert te_gemm.TEGemm().fprop(part, weight).shape == (64, 256) and made[-1][0] == "cuBLASLt"
