@@ -5,7 +5,6 @@ python docs/results/gemm_own.py qwen2.5-1.5b 16384
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from functools import partial
 
 import torch
 
+from megatron_fp8_ext.benchmark import timing
 from megatron_fp8_ext.kernels import cublaslt, hopper_gemm
 from megatron_fp8_ext.kernels.cast import cast_1x128, cast_128x128
 
@@ -21,27 +21,9 @@ LAYERS = {  # N, K of QKV, projection, fc1, fc2
     "qwen2.5-1.5b": ((2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)),
     "qwen2.5-7b": ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),
 }
+FORMAT = "power_of_two"
 TERMS = {"qkv fprop": "bias", "proj fprop": "add", "fc2 fprop": "add"}
 Calls = dict[str, Callable[[], object]]
-
-
-def in_turns(calls: Calls, rounds: int = 16) -> dict[str, float]:
-    """Medians in ms; a copy before each call empties the L2 cache and keeps the host ahead."""
-    here = torch.empty(2**29, dtype=torch.uint8, device="cuda")
-    there, events = torch.empty_like(here), {name: [] for name in calls}
-    for turn in range(rounds + 3):
-        for name, call in calls.items():
-            there.copy_(here)
-            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            pair[0].record()
-            call()
-            pair[1].record()
-            if turn >= 3:
-                events[name].append(pair)
-        torch.cuda.synchronize()
-    return {
-        name: statistics.median(a.elapsed_time(b) for a, b in all_) for name, all_ in events.items()
-    }
 
 
 def sustained(call: Callable[[], object], seconds: float = 1.2) -> str:
@@ -81,32 +63,25 @@ def main(model: str, tokens: int) -> None:
     """Print a line for each product of a layer."""
     for layer, (n, k) in zip(("qkv", "proj", "fc1", "fc2"), LAYERS[model], strict=True):
         for way, (rows, columns) in (("fprop", (n, k)), ("dgrad", (k, n))):
-            x = cast_1x128(
-                torch.randn(tokens, columns, device="cuda").bfloat16(),
-                "power_of_two",
-                columns=False,
-            )
-            w = cast_128x128(
-                torch.randn(rows, columns, device="cuda").bfloat16(), "power_of_two", columns=False
+            product = f"{layer} {way}"
+            x, w = (torch.randn(size, columns, device="cuda").bfloat16() for size in (tokens, rows))
+            x, w = (
+                cast_1x128(x, FORMAT, columns=False).rows,
+                cast_128x128(w, FORMAT, columns=False).rows,
             )
             out = torch.zeros(tokens, rows, dtype=torch.bfloat16, device="cuda")
-            term = TERMS.get(f"{layer} {way}")
+            term = TERMS.get(product)
             more = {term: torch.zeros_like(out[0] if term == "bias" else out)} if term else {}
-            calls = calls_of(x.rows, w.rows, out, **more)
-            flops = 2 * tokens * rows * columns
-            told = (
-                f"{name} {ms:.3f} ms, {flops / ms / 1e9:.0f} TFLOP/s"
-                for name, ms in in_turns(calls).items()
-            )
-            print(f"{layer} {way} {term or ''} N {rows} K {columns}: {'; '.join(told)}", flush=True)
-            if f"{layer} {way}" == "fc1 fprop":
-                for values in ("random", "zeros"):
-                    for name in ("cuBLASLt", "ours"):
-                        print(
-                            f"  for a second, {values}, {name}: {sustained(calls[name])}",
-                            flush=True,
-                        )
-                    x.rows.codes.zero_(), w.rows.codes.zero_()
+            calls = calls_of(x, w, out, **more)
+            told = []
+            for name, time_ in zip(calls, timing.in_turns(list(calls.values())), strict=True):
+                rate = 2 * tokens * rows * columns / time_.median / 1e9
+                told.append(f"{name} {time_.median:.3f} ms, {rate:.0f} TFLOP/s")
+            print(f"{product} {term or ''} N {rows} K {columns}: {'; '.join(told)}", flush=True)
+            for values in ("random", "zeros") if product == "fc1 fprop" else ():
+                for name in ("cuBLASLt", "ours"):
+                    print(f"  for a second, {values}, {name}: {sustained(calls[name])}", flush=True)
+                x.codes.zero_(), w.codes.zero_()
 
 
 if __name__ == "__main__":

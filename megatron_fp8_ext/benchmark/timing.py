@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,36 +30,45 @@ class Time:
 
 
 def measure(call: Callable[[], object], budget_ms: float = 60.0, warm_up: int = 3) -> Time:
-    """Time `call` with a cold L2 cache.
+    """Time `call` with a cold L2 cache; arguments as `in_turns`'s."""
+    return in_turns([call], budget_ms, warm_up)[0]
+
+
+def in_turns(
+    calls: Sequence[Callable[[], object]], budget_ms: float = 60.0, warm_up: int = 3
+) -> list[Time]:
+    """Time calls that are to be compared, one after the other in each round, with a cold L2 cache.
+
+    A GPU at its power limit slows down as it gets warm: whoever came later would be the slower one.
 
     Args:
-        call: launches work on the current stream; compiled by the warm-up.
-        budget_ms: device time to spend, between 5 and 200 repetitions.
+        calls: each launches work on the current stream; compiled by the warm-up.
+        budget_ms: device time for each, between 5 and 200 repetitions, as many for all.
         warm_up: calls before the first that counts.
     """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    for _ in range(warm_up):
-        call()
-    torch.cuda.synchronize()
 
-    def once(count: int) -> list[float]:
-        events = []
+    def rounds(count: int) -> list[list[float]]:
+        events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
         for _ in range(count):
-            flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            events.append((begin, end))
+            for call, pairs in zip(calls, events, strict=True):
+                flush.zero_()
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                call()
+                end.record()
+                pairs.append((begin, end))
         torch.cuda.synchronize()
-        return [float(begin.elapsed_time(end)) for begin, end in events]
+        return [[float(begin.elapsed_time(end)) for begin, end in pairs] for pairs in events]
 
-    guess = statistics.median(once(3))
+    rounds(warm_up)
+    guess = max(statistics.median(times) for times in rounds(3))
     count = int(min(200, max(5, budget_ms / max(guess, 1e-3))))
-    times = sorted(once(count))
-    return Time(
-        statistics.median(times), times[count // 10], times[-1 - count // 10], repetitions=count
-    )
+    found = []
+    for times in map(sorted, rounds(count)):
+        low, high = times[count // 10], times[-1 - count // 10]
+        found.append(Time(statistics.median(times), low, high, repetitions=count))
+    return found
 
 
 def copy_rate() -> float:

@@ -57,6 +57,41 @@ def test_table():
     assert "| 500 TFLOP/s | 0.71 |" in text
 
 
+def test_what_is_compared_is_measured_in_turns(monkeypatch):
+    """A clock that runs slower with each call: who comes later is not the slower one."""
+    from megatron_fp8_ext.benchmark import timing
+
+    now, called = 0.0, []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = 0.0
+
+        def record(self):
+            self.at = now
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    def work(name, size):
+        def call():
+            nonlocal now
+            called.append(name)
+            now += size * (1 + len(called) / 1000)
+
+        return call
+
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing.torch, "empty", lambda *size, **more: timing.torch.zeros(1))
+    first, second = timing.in_turns([work("first", 1.0), work("second", 1.0)], budget_ms=50)
+    assert called == ["first", "second"] * (len(called) // 2)
+    assert first.repetitions == second.repetitions > 40
+    assert second.median == pytest.approx(first.median, rel=2e-3)
+    assert first.low < first.median < first.high
+    assert timing.measure(work("alone", 3.0), budget_ms=30).median == pytest.approx(3.3, rel=0.1)
+
+
 def test_bench_convert_says_what_it_needs(tmp_path, monkeypatch):
     from megatron_fp8_ext.benchmark import conversion
     from megatron_fp8_ext.errors import UserError
