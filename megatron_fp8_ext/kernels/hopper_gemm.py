@@ -138,12 +138,14 @@ def unfit(
         return "a bias and a matrix are added" if add is not None else f"the bias is {bias.dtype}"
     if add is not None and (add.shape != out.shape or add.dtype is not out.dtype):
         return f"{add.dtype} {list(add.shape)} is added to {out.dtype} {list(out.shape)}"
-    given = (x.codes, x.scale_inv, w.codes, w.scale_inv, out, bias, add)
+    given = (x.codes, x.scale_inv, w.codes, w.scale_inv, out, add)
     parts = [part for part in given if part is not None]
-    if not all(part.is_contiguous() for part in parts):
+    if not all(part.is_contiguous() for part in (*parts, *([] if bias is None else [bias]))):
         return "a tensor is not contiguous"
-    if any(part.data_ptr() % 16 for part in parts):
+    if any(part.data_ptr() % 16 for part in parts):  # what TMA copies
         return "an address is not a multiple of 16"
+    if bias is not None and bias.data_ptr() % 4:
+        return "the bias' address is not a multiple of 4"
     return None
 
 

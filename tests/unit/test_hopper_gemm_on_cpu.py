@@ -289,6 +289,8 @@ def test_what_does_not_fit():
     assert "contiguous" in said(out.t()) and "contiguous" in said(add=out.t())
     shifted = torch.empty(256 * 256 + 4, dtype=torch.bfloat16)[4:].view(256, 256)
     assert "multiple of 16" in said(shifted)
+    assert said(bias=shifted.view(-1)[2:258]) is None
+    assert "multiple of 4" in said(bias=shifted.view(-1)[1:257])
     assert "a bias and a matrix" in said(bias=out[0], add=out)
     assert "the bias is torch.float32" in said(bias=out[0].float())
     assert "torch.float32 [256, 256] is added" in said(add=out.float())
