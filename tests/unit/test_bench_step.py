@@ -150,16 +150,17 @@ def test_where_device_time_goes():
         ("nvjet_sm90_qqtst_128x128_128x6_1x2_h_bz_coopA_algo2_Ablk128_Bvec128_TNN", 69.5, 196),
         ("nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_TNT", 10.0, 4),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", 58.8, 28),
+        ("block_scaled_gemm", 1.0, 4),
         ("cast_tiles", 32.5, 252),
         ("void at::native::vectorized_elementwise_kernel<8, CUDAFunctor_add>", 5.8, 113),
         ("somebody_s_kernel", 0.5, 1),
     ]
     groups = device_time.by_group(kernels)
-    assert groups["GEMM, FP8"] == (69.5, 196) and groups["GEMM, BF16"] == (10.0, 4)
+    assert groups["GEMM, FP8"] == (70.5, 200) and groups["GEMM, BF16"] == (10.0, 4)
     assert groups["attention"][0] == 58.8 and groups["other"] == (0.5, 1)
-    assert sum(ms for ms, _ in groups.values()) == pytest.approx(177.1)
+    assert sum(ms for ms, _ in groups.values()) == pytest.approx(178.1)
     text = device_time.markdown([("infir2", kernels), ("bf16", kernels[1:2])])
-    assert "| GEMM, BF16 | 10.0 (4) | 10.0 (4) |" in text and "| all | 177.1 | 10.0 |" in text
+    assert "| GEMM, BF16 | 10.0 (4) | 10.0 (4) |" in text and "| all | 178.1 | 10.0 |" in text
     assert "cast_tiles" in text and "somebody_s_kernel" not in text
 
 
