@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from megatron_fp8_ext.benchmark import timing
+from megatron_fp8_ext.benchmark import kernels, timing
 from megatron_fp8_ext.kernels import cublaslt
 from megatron_fp8_ext.kernels.cast import cast_1x128
 
@@ -22,12 +22,7 @@ def operand(columns):
     return cast_1x128(values, "power_of_two").columns
 
 
-for name, n, k in (
-    ("qkv", 2048, 1536),
-    ("proj", 1536, 1536),
-    ("fc1", 17920, 1536),
-    ("fc2", 1536, 8960),
-):
+for name, n, k in kernels.SHAPES["qwen2.5-1.5b"].linears():
     x, dy, out = operand(k), operand(n), torch.zeros(n, k, device="cuda")
     plan = cublaslt._plan(cublaslt.problem_of(x, dy, False, out), 0)
     first = None

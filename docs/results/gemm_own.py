@@ -13,14 +13,10 @@ from functools import partial
 
 import torch
 
-from megatron_fp8_ext.benchmark import timing
+from megatron_fp8_ext.benchmark import kernels, timing
 from megatron_fp8_ext.kernels import cublaslt, hopper_gemm
 from megatron_fp8_ext.kernels.cast import cast_1x128, cast_128x128
 
-LAYERS = {  # N, K of QKV, projection, fc1, fc2
-    "qwen2.5-1.5b": ((2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)),
-    "qwen2.5-7b": ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),
-}
 FORMAT = "power_of_two"
 TERMS = {"qkv fprop": "bias", "proj fprop": "add", "fc2 fprop": "add"}
 Calls = dict[str, Callable[[], object]]
@@ -61,7 +57,7 @@ def calls_of(x, w, out, **more) -> Calls:
 
 def main(model: str, tokens: int) -> None:
     """Print a line for each product of a layer."""
-    for layer, (n, k) in zip(("qkv", "proj", "fc1", "fc2"), LAYERS[model], strict=True):
+    for layer, n, k in kernels.SHAPES[model].linears():
         for way, (rows, columns) in (("fprop", (n, k)), ("dgrad", (k, n))):
             product = f"{layer} {way}"
             x, w = (torch.randn(size, columns, device="cuda").bfloat16() for size in (tokens, rows))

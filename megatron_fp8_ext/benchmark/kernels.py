@@ -38,6 +38,15 @@ class Shape:
     vocabulary: int
     kv: int
 
+    def linears(self) -> tuple[tuple[str, int, int], ...]:
+        """(name, output features, input features) of a layer's linear layers."""
+        return (
+            ("qkv", self.hidden + 2 * self.kv, self.hidden),
+            ("proj", self.hidden, self.hidden),
+            ("fc1", 2 * self.ffn, self.hidden),
+            ("fc2", self.hidden, self.ffn),
+        )
+
 
 SHAPES = {
     shape.name: shape
@@ -323,13 +332,7 @@ def gemm_cases(shape: Shape, sweep: bool) -> Iterator[Case]:
         quantize = te_tensor.quantizer("power_of_two", True)
     except (ImportError, OSError) as error:
         raise UserError(f"bench gemm needs TransformerEngine: {error}") from error
-    layers = (
-        ("qkv", shape.hidden + 2 * shape.kv, shape.hidden),
-        ("proj", shape.hidden, shape.hidden),
-        ("fc1", 2 * shape.ffn, shape.hidden),
-        ("fc2", shape.hidden, shape.ffn),
-    )
-    for name, n, k in layers:
+    for name, n, k in shape.linears():
         x, dy, w = _random(shape.tokens, k), _random(shape.tokens, n), _random(n, k) * 0.02
         flops, size = 2 * shape.tokens * n * k, f"M {shape.tokens} N {n} K {k}"
         x_cast: BlockCast = cast_1x128(x, "power_of_two")

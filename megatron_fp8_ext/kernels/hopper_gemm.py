@@ -22,7 +22,7 @@ from megatron_fp8_ext.kernels.cublaslt import VARIABLE
 
 FILE, ENTRY = "hopper_gemm.cu", "block_scaled_gemm"
 TILE_M, TILE_N = 256, 128  # of a block's result
-THREADS, MULTIPLIERS = 384, 2  # two warpgroups multiply, one loads
+THREADS = 384  # two warpgroups multiply, one loads
 # What a block's 384 threads are launched with, 168 each, shared out: 128 x 40 + 256 x 232.
 LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
 # Blocks with tiles beside each other that share rows of `x`: 2, or 1, which takes at most 3 % longer.

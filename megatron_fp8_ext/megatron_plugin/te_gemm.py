@@ -148,11 +148,7 @@ class TEGemm:
             return None
 
     def _product(
-        self,
-        x: Operand,
-        w: Operand,
-        bias: Tensor | None = None,
-        add: Tensor | None = None,
+        self, x: Operand, w: Operand, bias: Tensor | None = None, add: Tensor | None = None
     ) -> Tensor | None:
         """x w^T (+ bias, + add) by our own kernel where it is to be and fits; else as `_by_cublaslt`."""
         out = _empty(x, w)
